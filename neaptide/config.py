@@ -1,0 +1,270 @@
+"""neaptide.yaml and the environment -> frozen settings, parsed once at the edge and passed by part.
+
+Unknown keys are errors that name the key, the place and the keys that exist there. `env:NAME` and `file:PATH` values
+are read here, so that nothing below reads the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import msgspec
+import yaml
+
+from neaptide.errors import ConfigError
+from neaptide.table import Cors, Limits, Timeouts
+from neaptide.types import Scale, Slo
+
+DEFAULT_TEXT = """\
+# neaptide.yaml: what `neaptide up` serves. docs/configuration.md lists every key.
+listen: 127.0.0.1:8000
+admin: {listen: 127.0.0.1:8001}
+models:
+  guide: {}   # the built-in model
+"""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+T = TypeVar("T")
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of the settings' nodes."""
+
+
+class RemoteReplica(Part, frozen=True, kw_only=True):
+    url: str  # http://host:port/v1
+    model: str = ""  # its id there; default: the deployment's name
+    key: str = ""  # env:NAME, file:PATH; resolved on load
+    max_running: int | None = None  # absent = unlimited
+
+
+class EngineOptions(Part, frozen=True, kw_only=True):
+    """Settings of own replicas; an engine ignores none of them silently: it refuses what it does not know."""
+
+    threads: int | None = None  # engine threads; None = the machine's cores
+    kv_mib: int | None = None  # KV memory; None = a share of free memory
+    max_running: int | None = None  # requests decoded together; None = 64
+    chunk_tokens: int | None = None  # prefill chunk; None = calibrated against slo.tpot_s
+    precision: str | None = None  # inference precision hint: f32 | bf16; None = the engine's choice
+    context_tokens: int | None = None  # a smaller context than the model's
+    cpus: tuple[int, ...] = ()  # pin the engine process
+    io_cpus: tuple[int, ...] = ()  # pin the replica's I/O process
+    echo_ttft_ms: float = 0.0  # echo only
+    echo_tpot_ms: float = 0.0  # echo only
+
+
+class ModelSettings(Part, frozen=True, kw_only=True):
+    source: str | None = None  # directory, Hugging Face id; None = the built-in model of that name
+    engine: Literal["openvino", "echo"] | None = None  # None: openvino; ignored for remote replicas
+    options: EngineOptions = EngineOptions()
+    scale: Scale = Scale()
+    slo: Slo = Slo()
+    replicas: tuple[RemoteReplica, ...] = ()
+    aliases: tuple[str, ...] = ()
+    timeouts: Timeouts = Timeouts()
+    max_waiting: int = 1024
+    max_wait_s: float = 60.0
+    max_tokens_default: int = 1024
+    prefix_cache: Literal["shared", "tenant", "off"] = "shared"
+
+
+class AdminSettings(Part, frozen=True, kw_only=True):
+    listen: str | None = None  # None: 127.0.0.1:8001, or a free port when `up --port` is given
+
+
+class JournalSettings(Part, frozen=True, kw_only=True):
+    segment_mib: int = 8
+    retention_days: float = 7.0  # of segments the ledger has taken
+
+
+class LedgerSettings(Part, frozen=True, kw_only=True):
+    url: str = ""  # "" = sqlite in the state directory; postgresql://... by URL (env:NAME allowed)
+    retention_days: float = 400.0
+
+
+class Price(Part, frozen=True, kw_only=True):
+    """Per 10^6 tokens, in the config's currency; a decimal string or number."""
+
+    prompt: float = 0.0
+    cached: float | None = None  # None = prompt
+    output: float = 0.0
+
+
+class Settings(Part, frozen=True, kw_only=True):
+    listen: str = "127.0.0.1:8000"
+    admin: AdminSettings = AdminSettings()
+    models: dict[str, ModelSettings] = {}
+    auth: Literal["keys", "off"] = "keys"
+    limits: Limits = Limits()
+    cors: Cors = Cors()
+    journal: JournalSettings = JournalSettings()
+    ledger: LedgerSettings = LedgerSettings()
+    currency: str = "CNY"
+    prices: dict[str, Price] = {}
+    gateways: int = 1
+    access_log: bool = True
+
+
+def load(path: Path | None) -> Settings:
+    """Settings of `path`, or the defaults (the built-in model). ConfigError names key, value and fix."""
+    if path is None:
+        return parse(DEFAULT_TEXT, "the defaults")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist", code="E101", fix="pass -f FILE, or run `neaptide up` to create one"
+        ) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} cannot be read: {e}", code="E101") from e
+    return parse(text, str(path), path.parent)
+
+
+def parse(text: str, origin: str, base: Path = Path()) -> Settings:
+    """Strict: duplicate and unknown keys, wrong types and dangling references are errors."""
+    try:
+        tree = yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (a SafeLoader subclass)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{origin}{where}: {getattr(e, 'problem', e)}", code="E102", fix="correct the YAML") from e
+    settings = _convert(_listed_models(tree or {}), Settings, origin)
+    return _checked(settings, origin, base)
+
+
+def host_port(listen: str, key: str = "listen") -> tuple[str, int]:
+    """ "127.0.0.1:8000" -> ("127.0.0.1", 8000); IPv6 in brackets. ConfigError otherwise."""
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{key}: {listen!r} is not host:port", code="E103", fix=f"write it as {key}: 127.0.0.1:8000")
+    return host, int(port)
+
+
+def secret(value: str, key: str) -> str:
+    """`env:NAME` and `file:PATH` read; anything else is refused, so that no secret stands in the file."""
+    kind, _, rest = value.partition(":")
+    if kind == "env":
+        found = os.environ.get(rest)
+        if not found:
+            raise ConfigError(
+                f"{key}: the environment has no {rest}",
+                code="E106",
+                fix=f"export {rest}=... before `neaptide up`",
+            )
+        return found
+    if kind == "file":
+        try:
+            return Path(rest).expanduser().read_text(encoding="utf-8").strip()
+        except OSError as e:
+            raise ConfigError(f"{key}: {rest}: {e.strerror}", code="E106", fix=f"create {rest} (chmod 600)") from e
+    raise ConfigError(f"{key}: a secret in the file itself", code="E106", fix=f"write {key}: env:NAME or file:PATH")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys, which YAML libraries let pass."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[object, object]:
+    loader.flatten_mapping(node)
+    out: dict[object, object] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in out:
+            raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
+        out[key] = loader.construct_object(value_node, deep=True)
+    return out
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _listed_models(tree: object) -> object:
+    """`guide:` with nothing behind it means `guide: {}`."""
+    if isinstance(tree, dict) and isinstance(tree.get("models"), dict):
+        tree = {**tree, "models": {k: {} if v is None else v for k, v in tree["models"].items()}}
+    return tree
+
+
+def _convert(tree: object, kind: type[T], origin: str) -> T:
+    try:
+        return msgspec.convert(tree, kind, strict=True)
+    except msgspec.ValidationError as e:
+        text = str(e)
+        place = re.search(r"at `\$(.*?)`", text)
+        where = (place.group(1).lstrip(".") if place else "") or "the top level"
+        unknown = re.search(r"unknown field `(.+?)`", text)
+        if unknown:
+            raise _unknown_key(unknown.group(1), where, origin) from None
+        reason = text.split(" - at ")[0]
+        raise ConfigError(f"{origin}: {where}: {reason}", code="E105", fix=f"correct {where}") from None
+
+
+def _unknown_key(name: str, where: str, origin: str) -> ConfigError:
+    known = sorted({f for kind in _parts() for f in kind.__struct_fields__})
+    near = difflib.get_close_matches(name, known, 1)
+    fix = f"did you mean {near[0]!r}?" if near else "remove it; docs/configuration.md lists every key"
+    return ConfigError(f"{origin}: unknown key {name!r} at {where}", code="E104", fix=fix)
+
+
+def _parts() -> list[type[msgspec.Struct]]:
+    return [*Part.__subclasses__(), Limits, Cors, Timeouts, Scale, Slo]
+
+
+def _checked(s: Settings, origin: str, base: Path) -> Settings:
+    host_port(s.listen)
+    if s.admin.listen is not None:
+        host_port(s.admin.listen, "admin.listen")
+    if not s.models:
+        raise ConfigError(f"{origin}: no models", code="E107", fix="add `models: {guide: {}}`")
+    taken: dict[str, str] = {}
+    for name, model in s.models.items():
+        for label in (name, *model.aliases):
+            if not NAME.fullmatch(label):
+                raise ConfigError(
+                    f"{origin}: models: {label!r} is not a name",
+                    code="E107",
+                    fix="letters, digits, . _ : / -",
+                )
+            if label in taken:
+                raise ConfigError(f"{origin}: {label!r} names both {taken[label]} and {name}", code="E107")
+            taken[label] = name
+    return msgspec.structs.replace(
+        s, models={n: _resolved(n, m, base) for n, m in s.models.items()}, ledger=_ledger(s.ledger)
+    )
+
+
+def _resolved(name: str, m: ModelSettings, base: Path) -> ModelSettings:
+    key = f"models.{name}"
+    if m.scale.min < 0 or m.scale.max < m.scale.min:
+        raise ConfigError(f"{key}.scale: min {m.scale.min}, max {m.scale.max}", code="E108", fix="0 <= min <= max")
+    if m.replicas and (m.source or m.engine):
+        raise ConfigError(
+            f"{key}: replicas beside source or engine",
+            code="E108",
+            fix="keep either, in two models if both are meant",
+        )
+    if not m.replicas and m.source is None and m.engine != "echo" and name != "guide":
+        raise ConfigError(f"{key}: neither source nor replicas", code="E108", fix=f"add {key}.source: DIR")
+    remotes = tuple(_remote(r, f"{key}.replicas[{i}]") for i, r in enumerate(m.replicas))
+    source = m.source
+    if source and source.startswith((".", "~")):
+        source = str((base / Path(source).expanduser()).resolve())
+    return msgspec.structs.replace(m, replicas=remotes, source=source)
+
+
+def _remote(r: RemoteReplica, key: str) -> RemoteReplica:
+    if not re.fullmatch(r"https?://[^/\s]+(/.*)?", r.url):
+        raise ConfigError(f"{key}.url: {r.url!r}", code="E108", fix="write it as http://host:port/v1")
+    if r.max_running is not None and r.max_running < 1:
+        raise ConfigError(f"{key}.max_running: {r.max_running}", code="E108", fix="1 or more, or leave it out")
+    return msgspec.structs.replace(r, key=secret(r.key, f"{key}.key")) if r.key else r
+
+
+def _ledger(ledger: LedgerSettings) -> LedgerSettings:
+    if ledger.url.startswith(("env:", "file:")):
+        return msgspec.structs.replace(ledger, url=secret(ledger.url, "ledger.url"))
+    return ledger

@@ -1,0 +1,55 @@
+"""What each process is told at its start: one JSON document on stdin (docs/decisions/0001)."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
+    id: str  # "guide-0"; its sockets and log carry this name
+    epoch: int
+    model: str  # the deployment's name, shown to clients
+    revision: str
+    engine: str  # openvino | echo
+    source: str = ""  # resolved model directory; "" for echo
+    options: dict[str, msgspec.Raw] = {}  # the engine's own settings: threads, kv_mib, chunk_tokens, max_running ...
+    slo_tpot_s: float = 0.1
+    prefix_cache: str = "shared"  # shared | tenant | off
+    token: str = ""  # boot token that the link's HELLO must carry
+    link_path: str = ""
+    http_path: str = ""  # Unix socket for health, metrics and the OpenAI API
+    http_host: str = ""  # or TCP, when a replica is started by hand
+    http_port: int = 0
+    cache_dir: str = ""  # calibration survives restarts here
+    log_path: str = ""  # JSON lines
+    grace_s: float = 20.0
+    engine_cpus: tuple[int, ...] = ()  # pin the engine process; empty = the kernel's choice
+    io_cpus: tuple[int, ...] = ()
+
+
+class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True):
+    id: str  # "gateway-0"
+    epoch: int
+    listen_fd: int
+    control_path: str
+    table_path: str  # persisted table, 0600
+    journal_dir: str  # journal/<gateway>-<epoch>
+    pepper: str  # hex key of the keyed hash over API keys
+    token: str  # boot token
+    access_log: str = ""  # JSON lines, rotated; "" = off
+    segment_bytes: int = 8 << 20
+    grace_s: float = 20.0
+    version: str = ""
+
+
+class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):
+    epoch: int
+    admin_fd: int
+    config_path: str  # neaptide.yaml; "" = defaults
+    state_dir: str
+    supervisor_path: str
+    control_path: str
+    token: str
+    api_url: str  # http://host:port/v1
+    admin_url: str
+    grace_s: float = 20.0

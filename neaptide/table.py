@@ -1,0 +1,197 @@
+"""The table: what control tells gateways, and what gateways tell control back. Pure nouns and their difference.
+
+Two parts, each with its own version: the fast part (replicas: seconds) and the slow part (deployments, keys: minutes).
+Control sends TABLE frames: a Delta from the version the gateway holds, or a whole Table after FETCH or a gap. A
+gateway persists what it holds (0600) and starts from it while control is away.
+
+    type    from      payload
+    HELLO   both      link.Hello, role gateway / control; the gateway's is followed by FETCH
+    FETCH   gateway   JSON {"fast": version, "slow": version} it holds (0, 0: nothing)
+    TABLE   control   JSON Delta; `base_*` equal to what the gateway holds, or whole=True
+    GAUGES  gateway   JSON Gauges, every 250 ms and at once when a request starts to wait with no ready replica
+    WAKE    control   reserved
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Timeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Seconds. `first_byte_s` runs from dispatch; `idle_s` between bytes of a stream; `total_s` from dispatch."""
+
+    connect_s: float = 5.0
+    first_byte_s: float = 300.0
+    idle_s: float = 60.0
+    total_s: float = 900.0
+
+
+class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    model: str  # the deployment's name
+    endpoint: str  # "link:PATH" | "http://host:port/base"
+    revision: str = ""
+    epoch: int = 0
+    state: str = "ready"  # ready | draining
+    token: str = ""  # boot token (link) or API key to send (http); never logged
+    remote_model: str = ""  # spliced into the body when the replica knows the model by another id
+    max_running: int | None = None  # None = unlimited until adaptive concurrency binds
+
+
+class DeploymentRow(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    aliases: tuple[str, ...] = ()
+    revision: str = ""
+    timeouts: Timeouts = Timeouts()
+    max_waiting: int = 1024  # requests that may wait in the gateway; past it 429
+    max_wait_s: float = 60.0  # longest wait; past it 429 with Retry-After
+    created_s: int = 0  # for /v1/models
+    owned_by: str = "neaptide"
+    max_tokens_default: int = 1024
+    failing: str = ""  # why no replica starts; non-empty and no replica: 503 with this text
+
+
+class KeyRow(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    digest: str  # hex of blake2b(key, key=pepper, digest_size=32)
+    name: str = ""
+    tenant: str = "default"
+    project: str = ""
+    priority: str = "normal"  # highest class this key may ask for
+    models: tuple[str, ...] = ()  # empty: all
+    disabled: bool = False
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    body_bytes: int = 8 << 20
+    header_bytes: int = 32 << 10
+    header_s: float = 10.0  # to send the whole head
+    body_s: float = 60.0  # to send the whole body
+    keep_alive_s: float = 75.0
+    connections: int = 20_000
+    inflight_bytes: int = 512 << 20  # request bodies held at once, all connections together
+
+
+class Cors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    origins: tuple[str, ...] = ()  # empty: off
+
+
+class Slow(msgspec.Struct, frozen=True, kw_only=True):
+    version: int = 0
+    deployments: tuple[DeploymentRow, ...] = ()
+    keys: tuple[KeyRow, ...] = ()
+    limits: Limits = Limits()
+    cors: Cors = Cors()
+    auth: bool = True  # false only where the config says `auth: off`
+
+
+class Fast(msgspec.Struct, frozen=True, kw_only=True):
+    version: int = 0
+    replicas: tuple[ReplicaRow, ...] = ()
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True):
+    fast: Fast = Fast()
+    slow: Slow = Slow()
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """From (base_fast, base_slow) to (fast, slow). Keys go as additions and removals, the rest goes whole."""
+
+    base_fast: int = 0
+    base_slow: int = 0
+    fast: int = 0
+    slow: int = 0
+    whole: bool = False
+    replicas_put: tuple[ReplicaRow, ...] = ()
+    replicas_gone: tuple[str, ...] = ()
+    deployments: tuple[DeploymentRow, ...] | None = None
+    keys_put: tuple[KeyRow, ...] = ()
+    keys_gone: tuple[str, ...] = ()
+    limits: Limits | None = None
+    cors: Cors | None = None
+    auth: bool | None = None
+
+
+class ModelGauge(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Signals of one deployment in one gateway; counters rise from the gateway's start."""
+
+    arrivals: int = 0
+    waiting: int = 0
+    oldest_wait_s: float = 0.0
+    running: int = 0
+    done: int = 0
+    errors: int = 0
+    tokens: int = 0
+
+
+class Gauges(msgspec.Struct, frozen=True, kw_only=True):
+    gateway: str
+    mono_s: float
+    fast: int  # table versions in force
+    slow: int
+    connections: int = 0
+    models: dict[str, ModelGauge] = {}
+    replicas: dict[str, int] = {}  # replica id -> requests in flight from here
+    unreachable: tuple[str, ...] = ()  # replicas whose connection failed lately
+    disk: str = ""  # non-empty: new requests are refused because this disk is full
+
+
+def difference(old: Table, new: Table) -> Delta:
+    """The delta that turns `old` into `new`; versions are the callers' to raise."""
+    before = {r.id: r for r in old.fast.replicas}
+    after = {r.id: r for r in new.fast.replicas}
+    had = {k.id: k for k in old.slow.keys}
+    has = {k.id: k for k in new.slow.keys}
+    return Delta(
+        base_fast=old.fast.version,
+        base_slow=old.slow.version,
+        fast=new.fast.version,
+        slow=new.slow.version,
+        replicas_put=tuple(r for i, r in after.items() if before.get(i) != r),
+        replicas_gone=tuple(i for i in before if i not in after),
+        deployments=new.slow.deployments if new.slow.deployments != old.slow.deployments else None,
+        keys_put=tuple(k for i, k in has.items() if had.get(i) != k),
+        keys_gone=tuple(i for i in had if i not in has),
+        limits=new.slow.limits if new.slow.limits != old.slow.limits else None,
+        cors=new.slow.cors if new.slow.cors != old.slow.cors else None,
+        auth=new.slow.auth if new.slow.auth != old.slow.auth else None,
+    )
+
+
+def whole(table: Table) -> Delta:
+    """`table` as a delta from nothing."""
+    slow = table.slow
+    return Delta(
+        fast=table.fast.version,
+        slow=slow.version,
+        whole=True,
+        replicas_put=table.fast.replicas,
+        deployments=slow.deployments,
+        keys_put=slow.keys,
+        limits=slow.limits,
+        cors=slow.cors,
+        auth=slow.auth,
+    )
+
+
+def apply(table: Table, delta: Delta) -> Table | None:
+    """The table after `delta`; None when the delta does not start where `table` stands (ask for the whole)."""
+    if delta.whole:
+        table = Table()
+    elif (delta.base_fast, delta.base_slow) != (table.fast.version, table.slow.version):
+        return None
+    replicas = {r.id: r for r in table.fast.replicas if r.id not in set(delta.replicas_gone)}
+    replicas.update((r.id, r) for r in delta.replicas_put)
+    keys = {k.id: k for k in table.slow.keys if k.id not in set(delta.keys_gone)}
+    keys.update((k.id, k) for k in delta.keys_put)
+    old = table.slow
+    slow = Slow(
+        version=delta.slow,
+        deployments=old.deployments if delta.deployments is None else delta.deployments,
+        keys=tuple(keys.values()),
+        limits=delta.limits or old.limits,
+        cors=delta.cors or old.cors,
+        auth=old.auth if delta.auth is None else delta.auth,
+    )
+    return Table(fast=Fast(version=delta.fast, replicas=tuple(replicas.values())), slow=slow)
