@@ -1,7 +1,8 @@
 """What an engine is: the contract between the step loop (core.py) and an inference library.
 
 An engine lives alone in its process; nothing here is called from two threads. It works in token ids; text, templates
-and stop strings are the I/O process's (replica). One contract suite (tests/test_engine_contract.py) holds for all engines.
+and stop strings are the I/O process's (replica). One contract suite (tests/test_engine_contract.py) holds for all
+engines.
 """
 
 from __future__ import annotations
