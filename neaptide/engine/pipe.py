@@ -2,8 +2,8 @@
 
     u32 length | MessagePack of one message                      little endian
 
-The engine reads all that has come between two steps (and blocks while idle), steps, and writes one Stepped for the whole
-step: a message a step, not one a token. Either side ends at EOF of the other.
+The engine reads all that has come between two steps (and blocks while idle), steps, and writes one Stepped for the
+whole step: a message a step, not one a token. Either side ends at EOF of the other.
 """
 
 from __future__ import annotations
