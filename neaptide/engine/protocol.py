@@ -57,7 +57,11 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Emission(msgspec.Struct, kw_only=True, array_like=True):
-    """What one step made for one request. `finish` is "" while it runs, then stop | length | abort | error."""
+    """What one step made for one request. `finish` is "" while it runs, then stop | length | abort | error.
+
+    The token that stopped an answer (end of sequence, or one of stop_token_ids) is not among `token_ids`: it is no part
+    of the text, and is neither counted nor billed. So the last emission of a "stop" may hold no token.
+    """
 
     id: int
     token_ids: list[int] = []
