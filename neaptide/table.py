@@ -195,3 +195,23 @@ def apply(table: Table, delta: Delta) -> Table | None:
         auth=old.auth if delta.auth is None else delta.auth,
     )
     return Table(fast=Fast(version=delta.fast, replicas=tuple(replicas.values())), slow=slow)
+
+
+KEYS_A_FRAME = 2_000  # a key row is at most a few hundred bytes: a frame stays far below its limit
+
+
+def parts(delta: Delta) -> list[Delta]:
+    """`delta` cut so that each part fits one frame; applied in order they equal it."""
+    keys = delta.keys_put
+    first = msgspec.structs.replace(delta, keys_put=keys[:KEYS_A_FRAME])
+    more = [
+        Delta(
+            base_fast=delta.fast,
+            base_slow=delta.slow,
+            fast=delta.fast,
+            slow=delta.slow,
+            keys_put=keys[i : i + KEYS_A_FRAME],
+        )
+        for i in range(KEYS_A_FRAME, len(keys), KEYS_A_FRAME)
+    ]
+    return [first, *more]

@@ -1,0 +1,358 @@
+"""Control's process: connects the supervisor, the drivers, the loop, the table and the admin API, and answers for them.
+
+Starts without waiting for the ledger: replicas load while the database opens. A restart adopts the running replicas and
+tells gateways the table again; no request notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import uvicorn
+
+from neaptide import lifeline
+from neaptide.clock import wall_s
+from neaptide.config import ModelSettings, Settings, parse
+from neaptide.control import answers
+from neaptide.control.admin import build_app
+from neaptide.control.books import Books
+from neaptide.control.decisions import DecisionJournal
+from neaptide.control.desired import deployment, difference, redacted, slow_part
+from neaptide.control.loop import Loop, in_flight
+from neaptide.control.port import (
+    ApplyReport,
+    BackupReport,
+    ConfigView,
+    CreatedKey,
+    Decisions,
+    DownReport,
+    GroupBy,
+    KeyInfo,
+    Keys,
+    Models,
+    NewKey,
+    Status,
+    UsageFilter,
+    UsagePage,
+    UsageTotals,
+)
+from neaptide.control.publish import Gateway, Publisher
+from neaptide.errors import NeaptideError
+from neaptide.fleet.local import LocalDriver
+from neaptide.fleet.process import ChildStatus
+from neaptide.fleet.rpc import Client
+from neaptide.fleet.state import StateDir, write_private
+from neaptide.fleet.static import StaticDriver
+from neaptide.fleet.supervisor import Report
+from neaptide.models.sources import digest_of, resolve
+from neaptide.specs import ControlSpec, ReplicaSpec
+from neaptide.table import Fast, Gauges
+from neaptide.types import Carry, Deployment, Launch, Plan, Replica
+
+HOPELESS = "E2"  # a model error: starting the replica again will not mend it
+DEATHS_BEFORE_FAILING = 3
+
+
+class Control:
+    """Implements ControlPort. All of it runs on one loop; only the ledger has a thread."""
+
+    def __init__(self, spec: ControlSpec) -> None:
+        self.spec, self.state = spec, StateDir(Path(spec.state_dir))
+        self.started_wall_s = wall_s()
+        self.text, self.origin = _kept(self.state)
+        self.settings = parse(self.text, str(self.origin), self.origin.parent)
+        self.digests: dict[str, str] = {}
+        self.sources: dict[str, str] = {}
+        self.deployments: tuple[Deployment, ...] = ()
+        self.replicas: Sequence[Replica] = ()
+        self.failing: dict[str, str] = {}
+        self.created_s: dict[str, int] = {}
+        self.restarts: dict[str, int] = {}
+        self.processes: tuple[ChildStatus, ...] = ()
+        self._told_ready = False
+        self._reports: set[asyncio.Task[None]] = set()
+        self.supervisor = Client(self._event, self._orphaned)
+        self.publisher = Publisher(spec.token, self._on_gauges)
+        self.local = LocalDriver(self.supervisor, self.state, spec.token, self._replica_spec, self._nudge)
+        self.static = StaticDriver({}, {})
+        self.journal = DecisionJournal(self.state.log / "decisions.jsonl")
+        self.loop = Loop((self.local, self.static), self._scaled, self._gauges, self._told, self.journal, spec.grace_s)
+        self.books = Books(self.state, self.settings)
+        self.ending = asyncio.Event()
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until SIGTERM; raises nothing for what a model or the ledger does wrong: that is reported and shown."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.ending.set)
+        await self.supervisor.connect(self.state.supervisor_sock)
+        opening = asyncio.create_task(self.books.open(self.state.secret(self.state.key)))
+        await self.publisher.listen(self.state.control_sock)
+        await self._list_processes()
+        await self.local.adopt()
+        try:
+            await self._configure(self.settings)
+            loop = asyncio.create_task(self.loop.run())
+            await opening
+        except NeaptideError as e:
+            await self._report(Report(stage="failed", error=e.as_dict()))
+            await self.ending.wait()
+            return
+        self._publish()
+        keeping = asyncio.create_task(self.books.keep(self.local, self.spec.token))
+        await self._serve_admin((loop, keeping))
+
+    async def _serve_admin(self, tasks: tuple[asyncio.Task[None], ...]) -> None:
+        app = build_app(self, self.state.secret(self.state.admin_token))
+        server = AdminServer(
+            uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=5)
+        )
+        serving = asyncio.create_task(server.serve([socket.socket(fileno=self.spec.admin_fd)]))
+        ending = asyncio.create_task(self.ending.wait())
+        done, _ = await asyncio.wait((serving, ending, *tasks), return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        for task in tasks:
+            task.cancel()
+        for task in done & set(tasks):
+            task.result()  # a task that ended by itself has failed: say why, and be started again
+        await self.books.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(serving, 1.0)
+
+    # -- what happens ------------------------------------------------------------------------------------------
+
+    def _event(self, event: str, body: msgspec.Raw) -> None:
+        if event != "exit":
+            return
+        status = msgspec.json.decode(body, type=ChildStatus)
+        self.restarts[status.id] = self.restarts.get(status.id, 0) + 1
+        if status.kind == "replica":
+            self.local.exited(status)
+        elif status.kind == "gateway":
+            self.books.gateway_died()
+
+    def _orphaned(self) -> None:
+        self.ending.set()  # the lifeline ends us too; this only hurries a clean close
+
+    def _nudge(self) -> None:
+        self.loop.nudge()
+
+    def _on_gauges(self, gateway: Gateway) -> None:
+        if not self._told_ready:
+            self._nudge()
+
+    def _gauges(self) -> list[Gauges]:
+        return [g.gauges for g in self.publisher.gateways.values() if g.gauges is not None]
+
+    def load_of(self) -> Mapping[str, int]:
+        """Requests in flight per replica."""
+        return in_flight(self._gauges())
+
+    def waiting_of(self) -> Mapping[str, int]:
+        """Requests that wait in the gateways, per model."""
+        out: dict[str, int] = {}
+        for g in self._gauges():
+            for model, gauge in g.models.items():
+                out[model] = out.get(model, 0) + gauge.waiting
+        return out
+
+    def _scaled(self) -> list[Deployment]:
+        """The deployments whose replicas are ours to start."""
+        return [d for d in self.deployments if not self.settings.models[d.model].replicas]
+
+    def _told(self, replicas: Sequence[Replica], plan: Plan, carry: Carry) -> None:
+        self.replicas = [r for r in replicas if r.state != "dead"]
+        for d in self.deployments:
+            ready = any(r.deployment == d.model and r.state == "ready" for r in replicas)
+            dead = [r for r in replicas if r.deployment == d.model and r.state == "dead"]
+            hopeless = any(f"error[{HOPELESS}" in r.error for r in dead)
+            if ready:
+                self.failing.pop(d.model, None)
+            elif dead and (hopeless or carry.failures.get(d.model, 0) >= DEATHS_BEFORE_FAILING):
+                self.failing[d.model] = dead[-1].error
+        self._publish()
+        self._check_ready()
+
+    def _publish(self) -> None:
+        keys = self.books.keys
+        if keys is None:
+            return  # the ledger is still opening; gateways keep what they have
+        slow = slow_part(self.settings, self.deployments, keys, self.failing, self.created_s)
+        self.publisher.replace(Fast(replicas=self.loop.rows()), slow)
+
+    def _check_ready(self) -> None:
+        """Tell `up`, once: all is there, or why it cannot be."""
+        if self._told_ready or self.books.keys is None:
+            return
+        for model, error in self.failing.items():
+            self._told_ready = True
+            self._nudge_report(Report(stage="failed", text=model, error=_as_dict(error)))
+            return
+        if self.publisher.in_force() and self.whole():
+            self._told_ready = True
+            for r in self.local.ready():
+                self._nudge_report(Report(stage="replica", text=r.id, seconds=round(r.ready_s, 3)))
+            self._nudge_report(Report(stage="ready"))
+
+    def whole(self) -> bool:
+        ready: dict[str, int] = {}
+        for r in self.replicas:
+            ready[r.deployment] = ready.get(r.deployment, 0) + (r.state == "ready")
+        return all(ready.get(d.model, 0) >= d.scale.min for d in self._scaled())
+
+    def _nudge_report(self, report: Report) -> None:
+        task = asyncio.get_running_loop().create_task(self._report(report))
+        self._reports.add(task)
+        task.add_done_callback(self._reports.discard)
+
+    async def _report(self, report: Report) -> None:
+        await self.supervisor.call("report", report)
+
+    async def _list_processes(self) -> None:
+        listed = await self.supervisor.call("list")
+        self.processes = msgspec.json.decode(listed, type=tuple[ChildStatus, ...])
+
+    # -- configuration -----------------------------------------------------------------------------------------
+
+    async def _configure(self, settings: Settings) -> None:
+        """Put `settings` in force. ModelError when a source cannot be had: nothing has changed then."""
+        sources, digests = {}, {}
+        for name, model in settings.models.items():
+            sources[name], digests[name] = await asyncio.to_thread(locate, model, self.state.cache)
+        self.settings, self.sources, self.digests = settings, sources, digests
+        self.deployments = tuple(deployment(n, m, digests[n]) for n, m in settings.models.items())
+        now = int(wall_s())
+        self.created_s = {d.model: self.created_s.get(d.model, now) for d in self.deployments}
+        self.failing = {k: v for k, v in self.failing.items() if k in settings.models}
+        self.static.configure(settings.models, {d.model: d.stable.id for d in self.deployments})
+        self.books.configure(settings)
+
+    def _replica_spec(self, launch: Launch, d: Deployment) -> ReplicaSpec:
+        m = self.settings.models[d.model]
+        options: dict[str, msgspec.Raw] = {
+            k: msgspec.Raw(msgspec.json.encode(v))
+            for k, v in msgspec.to_builtins(m.options).items()
+            if v is not None and k not in ("cpus", "io_cpus")
+        }
+        return ReplicaSpec(
+            id=launch.replica,
+            epoch=self.state.next_epoch(),
+            model=d.model,
+            revision=d.stable.id,
+            engine=m.engine or "openvino",
+            source=self.sources[d.model],
+            options=options,
+            slo_tpot_s=m.slo.tpot_s,
+            prefix_cache=m.prefix_cache,
+            token=self.spec.token,
+            link_path=str(self.local.link_path(launch.replica)),
+            http_path=str(self.local.http_path(launch.replica)),
+            cache_dir=str(self.state.cache),
+            log_path=str(self.state.log / f"{launch.replica}.log"),
+            grace_s=self.spec.grace_s,
+            engine_cpus=m.options.cpus,
+            io_cpus=m.options.io_cpus,
+        )
+
+    # -- ControlPort -------------------------------------------------------------------------------------------
+
+    async def status(self) -> Status:
+        await self._list_processes()
+        return await answers.status(self)
+
+    async def apply(self, text: str, dry_run: bool) -> ApplyReport:
+        new = parse(text, str(self.origin), self.origin.parent)
+        ids: dict[str, list[str]] = {}
+        for r in self.replicas:
+            ids.setdefault(r.deployment, []).append(r.id)
+        report = difference(self.settings, new, ids, dry_run)
+        if not dry_run:
+            await self._configure(new)
+            self.text = text
+            kept = {"origin": str(self.origin), "text": text}
+            write_private(self.state.config_json, msgspec.json.encode(kept).decode())
+            self._publish()
+            self._nudge()
+        return report
+
+    async def config(self) -> ConfigView:
+        return ConfigView(path=str(self.origin), text=self.text, settings=redacted(self.settings))
+
+    async def decisions(self, limit: int) -> Decisions:
+        return Decisions(rows=tuple(list(self.journal.recent)[:limit]))
+
+    async def models(self) -> Models:
+        return Models(rows=answers.deployments(self))
+
+    async def keys(self) -> Keys:
+        return await self.books.list_keys()
+
+    async def create_key(self, new: NewKey) -> CreatedKey:
+        created = await self.books.create_key(new)
+        self._publish()
+        return created
+
+    async def revoke_key(self, key_id: str) -> KeyInfo:
+        revoked = await self.books.revoke_key(key_id)
+        self._publish()
+        return revoked
+
+    async def usage(self, where: UsageFilter, cursor: str | None, limit: int) -> UsagePage:
+        return await self.books.usage(where, cursor, limit)
+
+    async def usage_totals(self, where: UsageFilter, by: GroupBy) -> UsageTotals:
+        return await self.books.totals(where, by)
+
+    async def backup(self) -> BackupReport:
+        return await self.books.backup()
+
+    async def down(self, grace_s: float) -> DownReport:
+        await self.supervisor.call("down")
+        return DownReport(accepted=True, grace_s=min(grace_s, self.spec.grace_s))
+
+
+class AdminServer(uvicorn.Server):
+    """uvicorn without its own signal handlers: SIGTERM is ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def locate(model: ModelSettings, cache: Path) -> tuple[str, str]:
+    """(directory, digest) of a model's weights; empty for echo and for replicas that somebody else runs."""
+    if model.replicas or model.engine == "echo":
+        return "", ""
+    found = resolve(model.source, cache, lambda line: None)
+    return str(found.path), digest_of(found)
+
+
+def _kept(state: StateDir) -> tuple[str, Path]:
+    kept = msgspec.json.decode(state.config_json.read_bytes(), type=dict[str, str])
+    return kept["text"], Path(kept["origin"])
+
+
+def _as_dict(error: str) -> dict[str, str]:
+    """An error text as fields again; what replicas leave in their logs comes as text."""
+    lines = error.splitlines() or [""]
+    code, _, what = lines[0].partition("]: ")
+    out = {"code": code.removeprefix("error["), "what": what} if what else {"code": "E305", "what": lines[0]}
+    for line in lines[1:]:
+        word, _, rest = line.strip().partition("  ")
+        if word in ("why", "fix"):
+            out[word] = rest
+    return out
+
+
+def run() -> None:
+    """The process: spec from stdin, until SIGTERM or the supervisor's end."""
+    spec = lifeline.read_spec(ControlSpec)
+    lifeline.hold()
+    asyncio.run(Control(spec).run())

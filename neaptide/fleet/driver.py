@@ -1,0 +1,31 @@
+"""What a fleet is to control: a list of replicas and three verbs, all repeatable after a crash.
+
+One contract suite (tests/test_driver_contract.py) holds for every driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from neaptide.table import ReplicaRow
+from neaptide.types import Deployment, Launch, Replica
+
+
+class Driver(Protocol):
+    async def observe(self) -> Sequence[Replica]:
+        """Every replica that exists or died since it was last forgotten. Cheap: called every tick."""
+
+    async def launch(self, launch: Launch, deployment: Deployment) -> None:
+        """Start a replica; one of that id that runs already is left alone. Returns once it is on its way."""
+
+    async def drain(self, id: str, grace_s: float) -> None:
+        """Let it finish and end; unknown ids are ignored. Returns at once."""
+
+    async def forget(self, id: str) -> None:
+        """Its death has been taken note of."""
+
+    def rows(self) -> Mapping[str, ReplicaRow]:
+        """What gateways need to reach the replicas that take requests."""
+
+    async def close(self) -> None: ...

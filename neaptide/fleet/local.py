@@ -1,0 +1,238 @@
+"""Replicas on this host: processes that the supervisor starts for us, watched over their Unix sockets.
+
+After a restart of control the running ones are adopted again by what the supervisor lists (id, epoch, and the facts
+kept with them), so that no stream notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from neaptide.clock import mono_s
+from neaptide.errors import NeaptideError
+from neaptide.fleet.probe import get
+from neaptide.fleet.process import ChildSpec, ChildStatus
+from neaptide.fleet.rpc import Client
+from neaptide.fleet.state import StateDir
+from neaptide.specs import ReplicaSpec
+from neaptide.table import ReplicaRow
+from neaptide.types import Deployment, Launch, Replica, ReplicaState
+
+MODULE = "neaptide.engine.replica"
+PROBE_STARTING_S = 0.05
+PROBE_READY_S = 2.0
+SILENT_PROBES = 5  # then it is killed: alive by pid, dead to the world
+MakeSpec = Callable[[Launch, Deployment], ReplicaSpec]
+
+
+class Watched:
+    """One replica process as this driver knows it."""
+
+    def __init__(self, status: ChildStatus) -> None:
+        self.status = status
+        self.state: ReplicaState = "starting"
+        self.ready_s = 0.0  # from process start to ready
+        self.stages: dict[str, float] = {}
+        self.error = ""
+        self.silent = 0
+        self.probe: asyncio.Task[None] | None = None
+
+    @property
+    def id(self) -> str:
+        return self.status.id
+
+
+class LocalDriver:
+    """`make_spec` builds a replica's document; `on_change` is called when a replica became ready or died."""
+
+    def __init__(
+        self, supervisor: Client, state: StateDir, token: str, make_spec: MakeSpec, on_change: Callable[[], None]
+    ) -> None:
+        self._supervisor, self._state, self._token = supervisor, state, token
+        self._make_spec, self._on_change = make_spec, on_change
+        self._watched: dict[str, Watched] = {}
+        self._drains: set[asyncio.Task[None]] = set()
+
+    async def adopt(self) -> None:
+        """Take over what runs already."""
+        listed = msgspec.json.decode(await self._supervisor.call("list"), type=list[ChildStatus])
+        for status in listed:
+            if status.kind == "replica":
+                self._watch(Watched(status))
+
+    def exited(self, status: ChildStatus) -> None:
+        """The supervisor's exit event. One that died in draining is gone; another stays, dead, to be noted."""
+        watched = self._watched.get(status.id)
+        if watched is None or watched.status.epoch != status.epoch:
+            return
+        if watched.probe is not None:
+            watched.probe.cancel()
+        if watched.state == "draining":
+            del self._watched[status.id]
+        else:
+            watched.state = "dead"
+            watched.error = self._last_words(status)
+        self._on_change()
+
+    async def observe(self) -> Sequence[Replica]:
+        return [self._replica(w) for w in self._watched.values()]
+
+    async def launch(self, launch: Launch, deployment: Deployment) -> None:
+        if launch.replica in self._watched:
+            return
+        spec = self._make_spec(launch, deployment)
+        self._remove_sockets(launch.replica)
+        child = ChildSpec(
+            kind="replica",
+            id=spec.id,
+            epoch=spec.epoch,
+            module=MODULE,
+            document=msgspec.Raw(msgspec.json.encode(spec)),
+            opaque={"deployment": spec.model, "revision": spec.revision},
+        )
+        answer = await self._supervisor.call("spawn", child)
+        self._watch(Watched(msgspec.json.decode(answer, type=ChildStatus)))
+
+    async def drain(self, id: str, grace_s: float) -> None:
+        watched = self._watched.get(id)
+        if watched is None or watched.state == "draining":
+            return
+        if watched.state == "dead":
+            del self._watched[id]
+            return
+        watched.state = "draining"
+        task = asyncio.create_task(self._stop(watched, grace_s))
+        self._drains.add(task)
+        task.add_done_callback(self._drains.discard)
+
+    async def forget(self, id: str) -> None:
+        watched = self._watched.get(id)
+        if watched is not None and watched.state == "dead":
+            del self._watched[id]
+
+    def rows(self) -> Mapping[str, ReplicaRow]:
+        return {w.id: self._row(w) for w in self._watched.values() if w.state in ("ready", "draining")}
+
+    def stages(self, id: str) -> dict[str, float]:
+        watched = self._watched.get(id)
+        return watched.stages if watched else {}
+
+    def ready(self) -> list[Watched]:
+        return [w for w in self._watched.values() if w.state == "ready"]
+
+    def pids(self) -> dict[str, int]:
+        return {w.id: w.status.pid for w in self._watched.values() if w.state != "dead"}
+
+    def http_path(self, id: str) -> Path:
+        return self._state.run / f"{id}.http"
+
+    def link_path(self, id: str) -> Path:
+        return self._state.run / f"{id}.link"
+
+    async def close(self) -> None:
+        """Stop watching; the processes stay (the supervisor is their parent)."""
+        for watched in self._watched.values():
+            if watched.probe is not None:
+                watched.probe.cancel()
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _watch(self, watched: Watched) -> None:
+        self._watched[watched.id] = watched
+        watched.probe = asyncio.create_task(self._keep_probing(watched))
+
+    async def _keep_probing(self, w: Watched) -> None:
+        path = self.http_path(w.id)
+        while w.state in ("starting", "ready"):
+            target = "/health/ready" if w.state == "starting" else "/health"
+            status, _ = await get(path, target)
+            if w.state == "starting" and status == 200:
+                await self._became_ready(w, path)
+            elif w.state == "ready":
+                w.silent = 0 if status == 200 else w.silent + 1
+                if w.silent >= SILENT_PROBES:
+                    w.error = f"no answer to {SILENT_PROBES} health checks"
+                    await self._kill(w)
+            await asyncio.sleep(PROBE_STARTING_S if w.state == "starting" else PROBE_READY_S)
+
+    async def _became_ready(self, w: Watched, path: Path) -> None:
+        w.ready_s = mono_s() - w.status.started_mono_s
+        status, body = await get(path, "/stages")
+        if status == 200:
+            with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
+                w.stages = msgspec.json.decode(body, type=dict[str, float])
+        w.state = "ready"
+        self._on_change()
+
+    async def _kill(self, w: Watched) -> None:
+        with contextlib.suppress(NeaptideError):
+            body = {"id": w.id, "epoch": w.status.epoch, "kill": True}
+            await self._supervisor.call("stop", body)
+
+    async def _stop(self, w: Watched, grace_s: float) -> None:
+        body = {"id": w.id, "epoch": w.status.epoch, "grace_s": grace_s}
+        ended = await self._supervisor.call("stop", body, timeout_s=grace_s + 10)
+        if ended == b"false":  # it had died before we asked
+            self.exited(w.status)
+
+    def _row(self, w: Watched) -> ReplicaRow:
+        return ReplicaRow(
+            id=w.id,
+            model=w.status.opaque.get("deployment", ""),
+            endpoint=f"link:{self.link_path(w.id)}",
+            revision=w.status.opaque.get("revision", ""),
+            epoch=w.status.epoch,
+            state="ready" if w.state == "ready" else "draining",
+            token=self._token,
+        )
+
+    def _replica(self, w: Watched) -> Replica:
+        return Replica(
+            id=w.id,
+            deployment=w.status.opaque.get("deployment", ""),
+            revision=w.status.opaque.get("revision", ""),
+            state=w.state,
+            endpoint=f"link:{self.link_path(w.id)}",
+            epoch=w.status.epoch,
+            started_s=w.status.started_mono_s,
+            error=w.error,
+        )
+
+    def _remove_sockets(self, id: str) -> None:
+        for path in (self.http_path(id), self.link_path(id)):
+            path.unlink(missing_ok=True)
+
+    def _last_words(self, status: ChildStatus) -> str:
+        """Why it died, from the last error line of its log where it left one."""
+        said = last_error(self._state.log / f"{status.id}.log")
+        return said or f"exit {status.exit_code}"
+
+
+class LogLine(msgspec.Struct):
+    """The part of a replica's JSON log line that tells why it ended."""
+
+    code: str = ""
+    what: str = ""
+    why: str = ""
+    fix: str = ""
+
+
+def last_error(path: Path, look_back: int = 16 << 10) -> str:
+    """The last `{"code", "what", "why", "fix"}` line of a log, as an error text; "" when there is none."""
+    try:
+        with path.open("rb") as f:
+            f.seek(max(0, path.stat().st_size - look_back))
+            lines = f.read().splitlines()
+    except OSError:
+        return ""
+    for line in reversed(lines):
+        with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
+            said = msgspec.json.decode(line, type=LogLine)
+            if said.code and said.what:
+                return str(NeaptideError(said.what, why=said.why, fix=said.fix, code=said.code))
+    return ""

@@ -1,0 +1,29 @@
+"""Asking a replica over HTTP how it is: one short request, bounded in time and bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from neaptide.link import short_path
+
+MOST = 1 << 20
+
+
+async def get(socket_path: Path, target: str, timeout_s: float = 2.0) -> tuple[int, bytes]:
+    """(HTTP status, body); (0, b"") when nobody answers in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_unix_connection(short_path(socket_path))
+            try:
+                writer.write(f"GET {target} HTTP/1.1\r\nHost: replica\r\nConnection: close\r\n\r\n".encode())
+                answer = await reader.read(MOST)
+                while chunk := await reader.read(MOST - len(answer)):
+                    answer += chunk
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return 0, b""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status = head[9:12]
+    return (int(status), body) if status.isdigit() else (0, b"")
