@@ -115,7 +115,7 @@ class Control:
             uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=5)
         )
         serving = asyncio.create_task(server.serve([socket.socket(fileno=self.spec.admin_fd)]))
-        ending = asyncio.create_task(self.ending.wait())
+        ending: asyncio.Task[object] = asyncio.create_task(self.ending.wait())
         done, _ = await asyncio.wait((serving, ending, *tasks), return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
         for task in tasks:

@@ -12,7 +12,7 @@ from neaptide.link import HELLO, TALLY, FrameReader, Hello, LinkError, TallyRow,
 
 
 async def ask(link_path: Path, token: str, request_ids: Sequence[str], timeout_s: float = 2.0) -> dict[str, TallyRow]:
-    """What the replica tells of `request_ids`; empty when it does not answer: the requests are closed without counts."""
+    """What the replica tells of `request_ids`; empty when it does not answer: they close without counts."""
     try:
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_unix_connection(short_path(link_path))
