@@ -131,8 +131,11 @@ def parse(text: str, origin: str, base: Path = Path()) -> Settings:
         mark = getattr(e, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{origin}{where}: {getattr(e, 'problem', e)}", code="E102", fix="correct the YAML") from e
-    settings = _convert(_listed_models(tree or {}), Settings, origin)
-    return _checked(settings, origin, base)
+    tree = _listed_models(tree or {})
+    if isinstance(tree, dict) and isinstance(tree.get("models"), dict):
+        for name, model in tree["models"].items():  # one by one: msgspec names no dictionary key in its errors
+            _convert(model, ModelSettings, origin, f"models.{name}")
+    return _checked(_convert(tree, Settings, origin), origin, base)
 
 
 def host_port(listen: str, key: str = "listen") -> tuple[str, int]:
@@ -189,13 +192,13 @@ def _listed_models(tree: object) -> object:
     return tree
 
 
-def _convert(tree: object, kind: type[T], origin: str) -> T:
+def _convert(tree: object, kind: type[T], origin: str, at: str = "") -> T:
     try:
         return msgspec.convert(tree, kind, strict=True)
     except msgspec.ValidationError as e:
         text = str(e)
         place = re.search(r"at `\$(.*?)`", text)
-        where = (place.group(1).lstrip(".") if place else "") or "the top level"
+        where = ".".join(filter(None, (at, place.group(1).lstrip(".") if place else ""))) or "the top level"
         unknown = re.search(r"unknown field `(.+?)`", text)
         if unknown:
             raise _unknown_key(unknown.group(1), where, origin) from None

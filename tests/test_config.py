@@ -1,0 +1,96 @@
+"""neaptide.yaml: strict, and every refusal says where and what to type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neaptide.config import DEFAULT_TEXT, Settings, host_port, load, parse
+from neaptide.errors import ConfigError
+
+
+def refusal(text: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        parse(text, "neaptide.yaml")
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def test_the_default_text_serves_the_built_in_model() -> None:
+    settings = parse(DEFAULT_TEXT, "x")
+    assert list(settings.models) == ["guide"]
+    assert settings.models["guide"].scale.min == 1
+
+
+def test_the_documented_example_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("sk-remote\n")
+    text = f"""
+listen: 127.0.0.1:8000
+admin: {{listen: 127.0.0.1:8001}}
+models:
+  guide: {{}}
+  mock:
+    replicas: [{{url: "http://127.0.0.1:9101/v1", model: remote-id, key: "file:{tmp_path}/key", max_running: 64}}]
+    aliases: [gpt-4o-mini]
+  small:
+    source: ./models/small-int4-ov
+    engine: openvino
+    scale: {{min: 0, max: 4}}
+    slo: {{ttft_s: 1.0, tpot_s: 0.05, attainment: 0.99}}
+"""
+    settings = parse(text, "neaptide.yaml", tmp_path)
+    assert settings.models["mock"].replicas[0].key == "sk-remote"
+    assert settings.models["small"].source == str(tmp_path / "models/small-int4-ov")
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        ("modles: {}", "E104", "did you mean 'models'?"),
+        ("models: {guide: {scal: {}}}", "E104", "models.guide"),
+        ("models: {guide: {scale: {mni: 1}}}", "E104", "models.guide.scale"),
+        ("models: {guide: {scale: {min: many}}}", "E105", "models.guide.scale.min"),
+        ("models: {guide: {scale: {min: 3, max: 1}}}", "E108", "min 3, max 1"),
+        ("models: {guide: {}, guide: {}}", "E102", "stands twice"),
+        ("models: {a: {engine: echo, aliases: [b]}, b: {engine: echo}}", "E107", "'b' names both"),
+        ("models: {a: {}}", "E108", "neither source nor replicas"),
+        ("models: {a: {source: x, replicas: [{url: 'http://h/v1'}]}}", "E108", "replicas beside source"),
+        ("models: {a: {replicas: [{url: 'ftp://h'}]}}", "E108", "ftp://h"),
+        ("models: {a: {replicas: [{url: 'http://h/v1', key: sk-123}]}}", "E106", "env:NAME or file:PATH"),
+        ("models: {a: {replicas: [{url: 'http://h/v1', key: 'env:NO_SUCH_NAME_HERE'}]}}", "E106", "NO_SUCH_NAME_HERE"),
+        ("listen: 8000", "E105", "listen"),
+        ("listen: nowhere\nmodels: {guide: {}}", "E103", "host:port"),
+        ("models: {}", "E107", "no models"),
+        ("models: [", "E102", "line"),
+        ("- a", "E105", "top level"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place_and_its_fix(text: str, code: str, said: str) -> None:
+    error = refusal(text)
+    assert error.code == code
+    assert said in str(error)
+    assert "sk-123" not in str(error)
+
+
+def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="E101"):
+        load(tmp_path / "none.yaml")
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_settings_or_a_config_error(text: str) -> None:
+    try:
+        settings = parse(text, "x")
+    except ConfigError:
+        return
+    assert isinstance(settings, Settings)
+
+
+@pytest.mark.parametrize(
+    ("listen", "expected"), [("127.0.0.1:1", ("127.0.0.1", 1)), ("[::1]:80", ("::1", 80)), ("h:65535", ("h", 65535))]
+)
+def test_addresses_split_into_host_and_port(listen: str, expected: tuple[str, int]) -> None:
+    assert host_port(listen) == expected
