@@ -92,7 +92,7 @@ class Client:
     def __init__(self, on_event: Callable[[str, msgspec.Raw], None], on_close: Callable[[], None]) -> None:
         self._on_event, self._on_close = on_event, on_close
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[msgspec.Raw]] = {}
+        self._waiting: dict[int, asyncio.Future[bytes]] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
 
@@ -100,12 +100,12 @@ class Client:
         reader, self._writer = await asyncio.open_unix_connection(short_path(path), limit=LINE)
         self._reading = asyncio.create_task(self._read(reader))
 
-    async def call(self, op: str, body: object = None, timeout_s: float = 30.0) -> msgspec.Raw:
+    async def call(self, op: str, body: object = None, timeout_s: float = 30.0) -> bytes:
         """The answer's body; ProcessError with the other side's words, or when it does not answer in time."""
         if self._writer is None or self._writer.is_closing():
             raise ProcessError(f"{op}: the supervisor is not connected", code="E302")
         n = next(self._numbers)
-        future: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._waiting[n] = future
         self._writer.write(
             msgspec.json.encode(Message(n=n, op=op, body=msgspec.Raw(msgspec.json.encode(body)))) + b"\n"
@@ -138,7 +138,7 @@ class Client:
             error = ProcessError(e.get("what", ""), why=e.get("why", ""), fix=e.get("fix", ""), code=e.get("code"))
             future.set_exception(error)
         else:
-            future.set_result(message.body)
+            future.set_result(bytes(message.body))
 
     async def close(self) -> None:
         if self._reading is not None:
