@@ -1,0 +1,5 @@
+"""`python -m neaptide.cli`: the same as the `neaptide` command."""
+
+from neaptide.cli import main
+
+main()

@@ -1,0 +1,144 @@
+"""`neaptide logs`: the access log, one line a request; rotated files are read through, --follow survives a rotation."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from neaptide.cli.draw import moment, paint, span
+from neaptide.cli.session import Session, common
+from neaptide.cli.usage import when
+from neaptide.cli.words import say
+from neaptide.errors import ConfigError
+
+POLL_S = 0.2
+MAX_LINE = 1 << 20
+
+
+class Filter(NamedTuple):
+    model: str | None
+    status: str | None  # "429", "4xx", "500-599"
+    since_s: float | None
+
+    def passes(self, row: dict[str, Any]) -> bool:
+        return (
+            (self.model is None or row.get("model") == self.model)
+            and (self.status is None or _status_is(int(row.get("status", 0)), self.status))
+            and (self.since_s is None or float(row.get("at", 0.0)) >= self.since_s)
+        )
+
+
+@click.command("logs", help=say("logs.help"))
+@click.option("-f", "--follow", is_flag=True, help=say("logs.follow"))
+@click.option("-n", "--lines", "last", type=click.IntRange(0, 100_000), default=50, show_default=True,
+              help=say("logs.lines"))  # fmt: skip
+@click.option("--model", help=say("opt.model"))
+@click.option("--status", help=say("logs.status"))
+@click.option("--since", metavar="WHEN", help=say("opt.since"))
+@common
+def logs(session: Session, follow: bool, last: int, model: str | None, status: str | None, since: str | None) -> None:
+    if status is not None:
+        _status_is(0, status)  # refuses a filter that could never match
+    wanted = Filter(model, status, when(since, "--since"))
+    path = session.state / "log" / "access.jsonl"
+    if not path.exists() and not follow:
+        raise ConfigError(
+            f"{path} does not exist", why="nothing was served from here yet, or access_log is off", code="E109",
+            fix="neaptide up, or pass --state DIR",
+        )  # fmt: skip
+    tail = Tail(path)
+    found: Iterable[bytes] = (line for line in tail.history() if _row(line, wanted))
+    if since is None:
+        found = deque(found, maxlen=last)
+    for line in found:
+        _print(session, line)
+    while follow:
+        for line in tail.fresh():
+            if _row(line, wanted):
+                _print(session, line)
+        time.sleep(POLL_S)
+
+
+class Tail:
+    """Whole lines of `path` and its rotated elders (.1 is the youngest), each once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode = 0
+        self._offset = 0
+
+    def history(self) -> Iterator[bytes]:
+        """Everything there is, oldest first."""
+        elders = sorted(self._path.parent.glob(f"{self._path.name}.*"), key=_age, reverse=True)
+        for elder in elders:
+            yield from (line for line, _ in _lines(elder, 0))
+        yield from self.fresh()
+
+    def fresh(self) -> Iterator[bytes]:
+        """What was written since the last call; the rest of a file that was rotated meanwhile comes first."""
+        try:
+            inode = os.stat(self._path).st_ino
+        except FileNotFoundError:
+            return
+        if self._inode and inode != self._inode:
+            rotated = self._path.with_name(f"{self._path.name}.1")
+            if rotated.exists() and os.stat(rotated).st_ino == self._inode:
+                yield from (line for line, _ in _lines(rotated, self._offset))
+            self._offset = 0
+        self._inode = inode
+        for line, end in _lines(self._path, self._offset):
+            self._offset = end
+            yield line
+
+
+def _age(path: Path) -> int:
+    return int(path.suffix[1:]) if path.suffix[1:].isdigit() else 0
+
+
+def _lines(path: Path, offset: int) -> Iterator[tuple[bytes, int]]:
+    """(a whole line from `offset` on, where it ends); a line still being written is left for next time."""
+    with path.open("rb") as f:
+        f.seek(offset)
+        while (line := f.readline(MAX_LINE)).endswith(b"\n"):
+            offset += len(line)
+            yield line[:-1], offset
+
+
+def _row(line: bytes, wanted: Filter) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False  # a line torn by a crash
+    return isinstance(row, dict) and wanted.passes(row)
+
+
+def _status_is(status: int, wanted: str) -> bool:
+    """Whether `status` matches "429", "4xx" or "400-499"."""
+    low, _, high = wanted.replace("xx", "00").partition("-")
+    top = high or (str(int(low) + 99) if wanted.endswith("xx") and low.isdigit() else low)
+    if not (low.isdigit() and top.isdigit()):
+        raise ConfigError(f"--status {wanted!r}", code="E110", fix="write 429, 4xx or 500-599")
+    return int(low) <= status <= int(top)
+
+
+def _print(session: Session, line: bytes) -> None:
+    if session.as_json:
+        click.echo(line)
+        return
+    row = json.loads(line)
+    status = int(row.get("status", 0))
+    colour = "green" if status < 400 else "yellow" if status < 500 else "red"
+    parts = [moment(float(row.get("at", 0.0))), paint(str(status), colour), str(row.get("method", ""))]
+    parts += [str(row.get("path", "")), str(row.get("model", "")) or "-", str(row.get("outcome", "")) or "-"]
+    parts += [
+        f"{name} {span(float(row[f'{name}_s']))}" for name in ("queued", "ttft", "duration") if f"{name}_s" in row
+    ]
+    parts += [say("logs.tokens", n=row["output_tokens"])] if row.get("output_tokens") else []
+    click.echo("  ".join([*parts, str(row.get("id", ""))]))
