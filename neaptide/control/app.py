@@ -50,7 +50,7 @@ from neaptide.fleet.rpc import Client
 from neaptide.fleet.state import StateDir, write_private
 from neaptide.fleet.static import StaticDriver
 from neaptide.fleet.supervisor import Report
-from neaptide.models.sources import digest_of, resolve
+from neaptide.models.sources import resolve
 from neaptide.specs import ControlSpec, ReplicaSpec
 from neaptide.table import Fast, Gauges
 from neaptide.types import Carry, Deployment, Launch, Plan, Replica
@@ -115,13 +115,13 @@ class Control:
             uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=5)
         )
         serving = asyncio.create_task(server.serve([socket.socket(fileno=self.spec.admin_fd)]))
-        ending: asyncio.Task[object] = asyncio.create_task(self.ending.wait())
-        done, _ = await asyncio.wait((serving, ending, *tasks), return_when=asyncio.FIRST_COMPLETED)
+        ending = asyncio.create_task(self.ending.wait())
+        await asyncio.wait({serving, ending, *tasks}, return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
         for task in tasks:
+            if task.done():
+                task.result()  # it ended by itself: it failed; say why, and be started again
             task.cancel()
-        for task in done & set(tasks):
-            task.result()  # a task that ended by itself has failed: say why, and be started again
         await self.books.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(serving, 1.0)
@@ -331,7 +331,7 @@ def locate(model: ModelSettings, cache: Path) -> tuple[str, str]:
     if model.replicas or model.engine == "echo":
         return "", ""
     found = resolve(model.source, cache, lambda line: None)
-    return str(found.path), digest_of(found)
+    return str(found.path), found.digest
 
 
 def _kept(state: StateDir) -> tuple[str, Path]:
