@@ -10,27 +10,29 @@ from pathlib import Path
 
 import click
 
+from neaptide.cli.session import Session, common
+from neaptide.cli.words import say
 
-@click.command()
-@click.option(
-    "--state", type=click.Path(path_type=Path), default=".neaptide", envvar="NEAPTIDE_STATE", show_default=True
-)
-@click.option("--grace-s", type=click.FloatRange(0, 3600), help="Kill after this long (default: what `up` was given).")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def down(state: Path, grace_s: float | None, as_json: bool) -> None:
+
+@click.command(help=say("verb.down"))
+@click.option("--grace-s", type=click.FloatRange(0, 3600), help=say("down.grace"))
+@common
+def down(session: Session, grace_s: float | None) -> None:
     """Let running answers finish, then stop everything; returns when the last process has ended."""
     from neaptide.clock import mono_s
 
     began_s = mono_s()
-    pid = supervisor_pid(state)
+    pid = supervisor_pid(session.state)
     if pid is None:
-        message = {"stopped": False, "reason": "not running"}
-        click.echo(json.dumps(message) if as_json else f"nothing runs on {state}")
+        missing = {"stopped": False, "reason": "not running"}
+        click.echo(json.dumps(missing) if session.as_json else say("down.nothing", state=session.state))
         return
     killed = stop(pid, grace_s)
     took_s = round(mono_s() - began_s, 3)
-    result = {"stopped": True, "pid": pid, "seconds": took_s, "killed": killed}
-    click.echo(json.dumps(result) if as_json else f"stopped in {took_s:.1f} s" + (" (killed)" if killed else ""))
+    if session.as_json:
+        click.echo(json.dumps({"stopped": True, "pid": pid, "seconds": took_s, "killed": killed}))
+    else:
+        click.echo(say("down.killed" if killed else "down.stopped", seconds=took_s))
 
 
 def supervisor_pid(state: Path) -> int | None:

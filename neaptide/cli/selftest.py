@@ -7,6 +7,7 @@ import json
 import urllib.parse
 from typing import Any
 
+from neaptide.cli.words import say
 from neaptide.clock import mono_s
 
 TIMEOUT_S = 60.0
@@ -18,10 +19,10 @@ def self_test(api: str, key: str) -> str:
     try:
         models = _get(url, key)
         if not models:
-            return "· self-test  no models"
+            return say("up.selftest_failed", why="no models")
         return _line(models[0], *_ask(url, key, models[0]))
     except (OSError, http.client.HTTPException, ValueError, KeyError) as e:
-        return f"! self-test  failed: {e}"
+        return say("up.selftest_failed", why=e)
 
 
 def _get(url: urllib.parse.SplitResult, key: str) -> list[str]:
@@ -61,4 +62,4 @@ def _ask(url: urllib.parse.SplitResult, key: str, model: str) -> tuple[float, fl
 
 
 def _line(model: str, ttft_s: float, tpot_s: float, tokens: int) -> str:
-    return f"✓ self-test  {model}: TTFT {ttft_s * 1e3:.0f} ms · TPOT {tpot_s * 1e3:.1f} ms · {tokens} tokens"
+    return say("up.selftest", model=model, ttft_ms=ttft_s * 1e3, tpot_ms=tpot_s * 1e3, tokens=tokens)

@@ -13,43 +13,40 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from neaptide.cli.session import Session, common
+from neaptide.cli.words import say
+
 if TYPE_CHECKING:
     from neaptide.assemble import Up
     from neaptide.fleet.supervisor import Report
 
 
-@click.command()
-@click.option("-f", "--file", "file", type=click.Path(path_type=Path), help="Configuration (default: neaptide.yaml).")
-@click.option("-d", "--detach", is_flag=True, help="Return when ready; the service goes on in the background.")
-@click.option(
-    "--state", type=click.Path(path_type=Path), default=".neaptide", envvar="NEAPTIDE_STATE", show_default=True
-)
-@click.option("--port", type=click.IntRange(0, 65535), help="Port of the API (0: a free one).")
-@click.option(
-    "--grace-s", type=click.FloatRange(1, 3600), default=20.0, show_default=True, help="For streams at the end."
-)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout once ready.")
-@click.option("--no-self-test", is_flag=True, help="Do not ask the first model a question.")
-@click.option("--report-fd", type=int, hidden=True, help="Where a detached service reports.")
+@click.command(help=say("verb.up"))
+@click.option("-f", "--file", "file", type=click.Path(dir_okay=False, path_type=Path), help=say("up.file"))
+@click.option("-d", "--detach", is_flag=True, help=say("up.detach"))
+@click.option("--port", type=click.IntRange(0, 65535), help=say("up.port"))
+@click.option("--grace-s", type=click.FloatRange(1, 3600), default=20.0, show_default=True, help=say("up.grace"))
+@click.option("--no-self-test", is_flag=True, help=say("up.no_self_test"))
+@click.option("--report-fd", type=int, hidden=True)  # where a detached service reports
+@common
 def up(
+    session: Session,
     file: Path | None,
     detach: bool,
-    state: Path,
     port: int | None,
     grace_s: float,
-    as_json: bool,
     no_self_test: bool,
     report_fd: int | None,
 ) -> None:
-    """Serve the models of neaptide.yaml until Ctrl-C (or, with -d, until `neaptide down`)."""
+    """Serve until Ctrl-C; with -d, until `neaptide down`."""
     if detach:
-        detached(file, state, port, grace_s, as_json)
+        detached(session, file, port, grace_s)
         return
     from neaptide.assemble import UpOptions
     from neaptide.assemble import up as run
 
-    options = UpOptions(config=file, state=state, port=port, grace_s=grace_s)
-    voice: Voice = Wire(report_fd) if report_fd is not None else Terminal(state, as_json, not no_self_test)
+    options = UpOptions(config=file, state=session.state, port=port, grace_s=grace_s)
+    voice: Voice = Wire(report_fd) if report_fd is not None else Terminal(session, not no_self_test)
     voice.hello()
     try:
         run(options, voice.say, voice.ready)
@@ -73,8 +70,8 @@ class Wire(Voice):
     """To the process that detached us: JSON lines on an inherited pipe."""
 
     def __init__(self, fd: int) -> None:
-        self._pipe = os.fdopen(fd, "w", encoding="utf-8")
         os.set_inheritable(fd, False)
+        self._pipe = os.fdopen(fd, "w", encoding="utf-8")
 
     def _line(self, tree: object) -> None:
         with contextlib.suppress(OSError, ValueError):  # nobody listens any more: we go on
@@ -101,11 +98,11 @@ class Wire(Voice):
 class Terminal(Voice):
     """To a person: progress on stderr with --json, else on stdout."""
 
-    def __init__(self, state: Path, as_json: bool, self_test: bool) -> None:
-        self._state, self._as_json, self._self_test = state, as_json, self_test
+    def __init__(self, session: Session, self_test: bool) -> None:
+        self._session, self._self_test = session, self_test
 
     def _print(self, text: str) -> None:
-        click.echo(text, err=self._as_json)
+        click.echo(text, err=self._session.as_json)
 
     def hello(self) -> None:
         from neaptide import __version__
@@ -114,11 +111,10 @@ class Terminal(Voice):
         self._print(f"neaptide {__version__} · {summary()}")
 
     def say(self, report: Report) -> None:
-        took = f"{report.seconds:>8.1f} s" if report.seconds else ""
-        self._print(f"{'!' if report.stage == 'died' else '✓'} {report.stage:<10} {report.text:<44}{took}".rstrip())
+        self._print(progress(report.stage, report.text, report.seconds))
 
     def ready(self, up: Up) -> None:
-        if self._as_json:
+        if self._session.as_json:
             import msgspec
 
             click.echo(json.dumps(msgspec.to_builtins(up)))
@@ -130,62 +126,66 @@ class Terminal(Voice):
             from neaptide.cli.selftest import self_test
 
             self._print(self_test(up.api, up.key))
-        self._print(welcome(up, self._state))
+        self._print("\n".join([*welcome(up, self._session.state), say("up.stop")]))
 
     def ended(self) -> None:
-        self._print("stopped")
+        self._print(say("up.stopped"))
 
 
-def welcome(up: Up, state: Path) -> str:
-    """The lines a newcomer copies from."""
-    return "\n".join(
-        [
-            f"✓ ready      {up.ready_s:.1f} s",
-            f"API        {up.api}",
-            f"Admin      {up.admin}docs     (token: {state}/admin-token)",
-            f"Key        …{up.key[-4:]}  (kept 0600 in {state}/key; `neaptide keys create` for more)",
-            f"export OPENAI_BASE_URL={up.api} OPENAI_API_KEY={up.key}",
-            'Try  neaptide chat "什么是首字延迟?"',
-            "Stop with Ctrl-C (once: running answers finish; twice: at once)",
-        ]
-    )
+def progress(stage: str, text: str, seconds: float) -> str:
+    """`✓ replica    guide-0            0.6 s`."""
+    label = say(f"up.stage.{stage}") if stage in ("config", "replica", "died") else stage
+    took = f"{seconds:8.1f} s" if seconds else ""
+    return f"{'!' if stage == 'died' else '✓'} {label:<10} {text:<44}{took}".rstrip()
 
 
-def detached(file: Path | None, state: Path, port: int | None, grace_s: float, as_json: bool) -> None:
-    """Start ourselves in a process session of its own and wait for its report."""
-    from neaptide.errors import NeaptideError, ProcessError
+def welcome(up: Up, state: Path) -> list[str]:
+    """The lines a newcomer copies from; the export line is ready to paste."""
+    return [
+        say("up.ready", seconds=up.ready_s),
+        f"API        {up.api}",
+        say("up.admin", admin=up.admin, state=state),
+        say("up.key", tail=up.key[-4:], state=state),
+        f"export OPENAI_BASE_URL={up.api} OPENAI_API_KEY={up.key}",
+        say("up.try"),
+    ]
 
+
+def detached(session: Session, file: Path | None, port: int | None, grace_s: float) -> None:
+    """Start ourselves in a process session of its own, nothing inherited but the report's pipe; wait for its word."""
     read_fd, write_fd = os.pipe()
-    command = [sys.executable, "-P", "-m", "neaptide.cli", "up", "--state", str(state), "--grace-s", str(grace_s)]
-    command += ["--report-fd", str(write_fd)]
+    command = [sys.executable, "-P", "-m", "neaptide.cli", "up", "--state", str(session.state)]
+    command += ["--grace-s", str(grace_s), "--report-fd", str(write_fd)]
     command += ["-f", str(file)] if file is not None else []
     command += ["--port", str(port)] if port is not None else []
-    subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        pass_fds=(write_fd,),
-        start_new_session=True,
-    )
+    null = subprocess.DEVNULL
+    subprocess.Popen(command, stdin=null, stdout=null, stderr=null, pass_fds=(write_fd,), start_new_session=True)
     os.close(write_fd)
     with os.fdopen(read_fd, encoding="utf-8") as reports:
         for line in reports:
-            said: dict[str, Any] = json.loads(line)
-            if "ready" in said:
-                click.echo(json.dumps(said["ready"]) if as_json else _detached_text(said["ready"], state))
+            if _heard(json.loads(line), session):
                 return
-            if "error" in said:
-                e = said["error"]
-                error = NeaptideError(e["what"], why=e.get("why", ""), fix=e.get("fix", ""), code=e.get("code"))
-                error.exit_code = said.get("exit", 1)
-                raise error
-            Terminal(state, as_json, False)._print(f"✓ {said['stage']:<10} {said['text']}") if as_json else None
-    raise ProcessError("the service ended before it was ready", fix=f"read {state}/log", code="E305")
+    from neaptide.errors import ProcessError
+
+    raise ProcessError("the service ended before it was ready", fix=f"read {session.state}/log", code="E305")
 
 
-def _detached_text(ready: dict[str, Any], state: Path) -> str:
+def _heard(said: dict[str, Any], session: Session) -> bool:
+    """One report of the detached service; True once it is ready. Raises the error it ended with."""
+    if "error" in said:
+        from neaptide.errors import NeaptideError
+
+        e = said["error"]
+        error = NeaptideError(e["what"], why=e.get("why", ""), fix=e.get("fix", ""), code=e.get("code"))
+        error.exit_code = said.get("exit", 1)
+        raise error
+    if "ready" not in said:
+        session.note(progress(said["stage"], said["text"], said["seconds"]))
+        return False
+    if session.as_json:
+        click.echo(json.dumps(said["ready"]))
+        return True
     from neaptide.assemble import Up
 
-    lines = welcome(Up(**ready), state).splitlines()
-    return "\n".join([*lines[:-1], f"Stop with  neaptide down --state {state}"])
+    click.echo("\n".join([*welcome(Up(**said["ready"]), session.state), say("up.stop_detached", state=session.state)]))
+    return True
