@@ -1,0 +1,100 @@
+"""Bringing a ledger to this version's schema: a copy first, then all steps in one transaction."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from neaptide.cost.database import Database
+from neaptide.errors import StorageError
+
+KEPT_COPIES = 3
+HERE = Path(__file__).parent / "migrations"
+
+log = logging.getLogger("neaptide.ledger")
+
+
+def head() -> str:
+    """The revision this version's code works with."""
+    return str(_script().get_current_head())
+
+
+def current(connection: sa.Connection) -> str:
+    """The revision the database is at; "" for an empty one."""
+    return MigrationContext.configure(connection).get_current_revision() or ""
+
+
+def upgrade(database: Database, now_s: float) -> Path | None:
+    """Brings the schema to head(); the path of the copy made before, None where nothing was to be done or lost.
+
+    StorageError where the ledger was written by a newer version. PostgreSQL is not copied here (its DDL is
+    transactional: a step that fails leaves nothing behind).
+    """
+    with database.read() as connection:
+        at = current(connection)
+    if at == head():
+        return None
+    if at and at not in {step.revision for step in _script().walk_revisions()}:
+        raise StorageError(
+            f"the ledger {database.label} is at revision {at}, this version knows up to {head()}",
+            why="a newer Neaptide has written it",
+            fix="install that version again, or restore a copy made before (ledger.db.bak-..., `neaptide restore`)",
+            code="E513",
+        )
+    copy = _copy(database.path, at, now_s) if at and database.path else None
+    with database.write() as connection:
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+    return copy
+
+
+def copy_sqlite(source: Path, target: Path) -> None:
+    """A consistent copy of a database that others go on writing (SQLite's backup API), synced, mode 0600. Atomic: no
+    half file under `target` whatever happens."""
+    part = target.with_name(target.name + ".part")
+    try:
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+        with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(part)) as new:
+            old.backup(new)
+            new.execute("PRAGMA journal_mode = DELETE")  # one file, nothing beside it
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except (OSError, sqlite3.Error) as e:
+        raise StorageError(
+            f"{target} cannot be written: {e}", why="the ledger is copied first", fix="free disk space", code="E514"
+        ) from e
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _copy(path: Path, revision: str, now_s: float) -> Path:
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now_s))
+    target = path.with_name(f"{path.name}.bak-{revision}-{stamp}")
+    copy_sqlite(path, target)
+    log.info("the ledger was copied to %s before its migration", target)
+    copies = sorted(path.parent.glob(f"{path.name}.bak-*"), key=lambda p: p.stat().st_mtime)
+    for old in copies[:-KEPT_COPIES]:
+        old.unlink()
+    return target
+
+
+def _script() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_config())
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(HERE).replace("%", "%%"))
+    return config

@@ -1,0 +1,88 @@
+"""What a model's tokens cost, in versions: a changed price is a new version, and what was charged stays as it was.
+
+A price is a decimal per 10^6 tokens, kept as an integer of nano-units (1e-9 of the currency), so that sums are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import NamedTuple
+
+import msgspec
+
+from neaptide.config import Price
+from neaptide.errors import ConfigError
+
+NANOS = 10**9
+MAX_NANOS = 10**18  # per 10^6 tokens, a thousand million of the currency; a charge of 10^6 tokens still fits int64
+
+
+class Rate(msgspec.Struct, frozen=True):
+    """Nano-units per 10^6 tokens."""
+
+    prompt_nanos: int
+    cached_nanos: int
+    output_nanos: int
+
+
+class PriceList(NamedTuple):
+    """One version: in force for requests that start from `since_s` (wall clock) on. Models not named cost nothing."""
+
+    version: int
+    since_s: float
+    currency: str
+    rates: dict[str, Rate]
+
+
+NO_PRICES = PriceList(0, 0.0, "", {})
+
+
+class PriceBook:
+    """All versions. Which one applies depends on a request's start alone, so reading a journal again charges the
+    same."""
+
+    def __init__(self, lists: Sequence[PriceList]) -> None:
+        self._newest_first = sorted(lists, key=lambda p: p.version, reverse=True)
+
+    @property
+    def latest(self) -> PriceList:
+        return self._newest_first[0] if self._newest_first else NO_PRICES
+
+    def at(self, wall_s: float) -> PriceList:
+        """The list in force at that time; NO_PRICES before the first."""
+        for prices in self._newest_first:
+            if prices.since_s <= wall_s:
+                return prices
+        return NO_PRICES
+
+
+def rates(prices: Mapping[str, Price]) -> dict[str, Rate]:
+    """The config's prices as exact integers. ConfigError for what is negative, too fine or too large."""
+    return {model: _rate(model, price) for model, price in prices.items()}
+
+
+def _rate(model: str, price: Price) -> Rate:
+    cached = price.prompt if price.cached is None else price.cached
+    return Rate(
+        _nanos(price.prompt, f"prices.{model}.prompt"),
+        _nanos(cached, f"prices.{model}.cached"),
+        _nanos(price.output, f"prices.{model}.output"),
+    )
+
+
+def _nanos(value: float | str, key: str) -> int:
+    """`repr` of a float is the decimal that was written in the file; the float itself is only near it."""
+    try:
+        nanos = Decimal(value if isinstance(value, str) else repr(value)) * NANOS
+        exact = int(nanos) if nanos.is_finite() and nanos == nanos.to_integral_value() else None
+    except InvalidOperation:
+        exact = None
+    if exact is None or not 0 <= exact <= MAX_NANOS:
+        raise ConfigError(
+            f"{key}: {value} is not a price",
+            why="per 10^6 tokens, from 0 to 10^9, with at most nine decimals",
+            fix=f"write it as {key}: 0.5",
+            code="E109",
+        )
+    return exact
