@@ -25,6 +25,10 @@ class Reservations:
     def can_hold(self, tokens: int) -> bool:
         return -(-tokens // self.block_tokens) <= self.free_blocks
 
+    def could_hold(self, tokens: int) -> bool:
+        """Whether it would fit if nobody held anything."""
+        return -(-tokens // self.block_tokens) <= self.total_blocks
+
     def hold(self, id: int, tokens: int) -> None:
         """The caller has asked `can_hold`; `id` holds nothing yet."""
         blocks = -(-tokens // self.block_tokens)

@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 
 import msgspec
@@ -122,24 +123,24 @@ def serve(spec: ReplicaSpec, sock: socket.socket) -> int:
     def wait(seconds: float) -> object:
         return select.select([sock], [], [], seconds)
 
-    engine: Engine | None = None
     try:
         engine, stages = build(spec, wait)
         sock.sendall(pack(Ready(description=engine.describe(), stages=stages)))
-        Loop(engine, sock).run()
-    except (Ended, BrokenPipeError, ConnectionResetError):
+        try:
+            Loop(engine, sock).run()
+        except Ended:
+            engine.close()
+        return 0
+    except (BrokenPipeError, ConnectionResetError):
         return 0
     except NeaptideError as error:
         return _fail(sock, error)
-    except (msgspec.DecodeError, ValueError) as error:
+    except msgspec.MsgspecError as error:
         return _fail(sock, ProcessError(f"the replica sent what the engine cannot read: {error}", code="E310"))
-    except (RuntimeError, MemoryError, OSError) as error:
-        why = "the inference library failed in a step or while loading; its message is above"
+    except Exception as error:  # the library's RuntimeError, memory, or a mistake of ours: told, then the end
+        traceback.print_exc()
+        why = "the inference library, or our code around it, failed; the log has the trace"
         return _fail(sock, ModelError(f"{type(error).__name__}: {error}", why=why, code="E210"))
-    finally:
-        if engine is not None:
-            engine.close()
-    return 0
 
 
 def _fail(sock: socket.socket, error: NeaptideError) -> int:
@@ -162,8 +163,7 @@ def main(argv: list[str]) -> int:
     code = serve(spec, sock)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: tearing down an inference library's threads has been seen to take seconds and to crash, and there is
-    # nothing left to save.
+    # Not sys.exit: nothing is left to save, and an inference library's own teardown may take long or abort.
     os._exit(code)
 
 

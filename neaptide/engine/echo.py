@@ -112,7 +112,7 @@ class EchoEngine:
         room = self._context - len(prompt_ids)
         if sampling.max_tokens > room:
             sampling = msgspec.structs.replace(sampling, max_tokens=room)
-        if -(-(len(prompt_ids) + sampling.max_tokens) // BLOCK_TOKENS) > self._kv.total_blocks:
+        if not self._kv.could_hold(len(prompt_ids) + sampling.max_tokens):
             raise ValueError(f"prompt and answer need more than all KV memory ({self._kv.total_tokens} tokens)")
         self._waiting.append(_Answer(id, prompt_ids, len(generated_ids), sampling))
         self._admit()
