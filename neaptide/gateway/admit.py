@@ -1,0 +1,110 @@
+"""Who may come in: keys, models, priority, deadline. Pure functions of the table and the head; they take `now`."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable, Mapping
+
+from neaptide.errors import RequestError
+from neaptide.table import KeyRow
+from neaptide.types import Priority
+
+CLASSES: tuple[Priority, ...] = ("low", "normal", "high")
+SEEN_AT_MOST = 4096
+ANYBODY = KeyRow(id="", digest="", priority="high")  # who calls where the config says `auth: off`
+
+
+def digest(key: bytes, pepper: bytes) -> str:
+    """The keyed hash under which a key is stored: 32 bytes of BLAKE2b, in hex."""
+    return hashlib.blake2b(key, key=pepper, digest_size=32).hexdigest()
+
+
+class Keys:
+    """The table's keys, found by Authorization header. A bounded cache of accepted headers saves the hash (1.2 us);
+    rejected ones are never kept, so a flood of guesses costs no memory."""
+
+    __slots__ = ("_by_digest", "_pepper", "_seen", "required")
+
+    def __init__(self, rows: Iterable[KeyRow], pepper: bytes, required: bool = True) -> None:
+        self._by_digest = {row.digest: row for row in rows}
+        self._pepper = pepper
+        self._seen: dict[bytes, KeyRow] = {}
+        self.required = required
+
+    def find(self, authorization: bytes | None) -> KeyRow:
+        """The key's row. RequestError 401 when it is absent, malformed, unknown or disabled."""
+        if not self.required:
+            return ANYBODY
+        if authorization is None:
+            raise _unauthorised("no API key was sent", "missing_api_key")
+        row = self._seen.get(authorization)
+        return row if row is not None else self._look_up(authorization)
+
+    def _look_up(self, authorization: bytes) -> KeyRow:
+        scheme, _, key = authorization.partition(b" ")
+        key = key.strip()
+        if scheme.lower() != b"bearer" or not key:
+            raise _unauthorised("the Authorization header is not a bearer token", "invalid_api_key")
+        wanted = digest(key, self._pepper)
+        row = self._by_digest.get(wanted)
+        if row is None or not hmac.compare_digest(row.digest, wanted):
+            raise _unauthorised("the API key is not known", "invalid_api_key")
+        if row.disabled:
+            raise _unauthorised("the API key is disabled", "disabled_api_key")
+        if len(self._seen) >= SEEN_AT_MOST:
+            self._seen.clear()
+        self._seen[authorization] = row
+        return row
+
+
+def check_model(key: KeyRow, model: str) -> None:
+    """RequestError 403 where `key` may not use the deployment `model`."""
+    if key.models and model not in key.models:
+        raise RequestError(
+            403, f"This API key may not use the model '{model}'.", slug="model_not_allowed", param="model"
+        )
+
+
+def priority(asked: bytes | None, key: KeyRow) -> Priority:
+    """The class asked for (normal when none was), clamped to the highest that the key allows."""
+    highest = CLASSES.index(key.priority) if key.priority in CLASSES else 1
+    if asked is None:
+        return CLASSES[min(1, highest)]
+    name = asked.decode("latin-1").lower()
+    if name not in CLASSES:
+        raise RequestError(
+            400, f"x-neaptide-priority is {name[:32]!r}: it must be low, normal or high.", slug="invalid_priority"
+        )
+    return CLASSES[min(CLASSES.index(name), highest)]
+
+
+def deadline_s(headers: Mapping[bytes, bytes], stream: bool, arrived_s: float) -> float:
+    """The monotonic time by which the answer must have ended; inf where the client set none. For a call that does
+    not stream, the read timeout that OpenAI's SDK announces counts too: nobody listens after it."""
+    due = float("inf")
+    if (value := headers.get(b"x-neaptide-deadline-ms")) is not None:
+        if not value.isdigit() or len(value) > 12 or int(value) == 0:
+            raise RequestError(
+                400, "x-neaptide-deadline-ms must be a whole number of milliseconds above 0.", slug="invalid_deadline"
+            )
+        due = arrived_s + int(value) / 1000.0
+    if not stream and (value := headers.get(b"x-stainless-read-timeout")) is not None:
+        seconds = _seconds(value)
+        if seconds is not None:
+            due = min(due, arrived_s + seconds)
+    return due
+
+
+def _seconds(value: bytes) -> float | None:
+    """An SDK's float; None for what it writes when no timeout is set ("None", "NOT_GIVEN")."""
+    whole, _, fraction = value.partition(b".")
+    if len(value) > 12 or not whole.isdigit() or (fraction and not fraction.isdigit()):
+        return None
+    return float(value) or None
+
+
+def _unauthorised(why: str, slug: str) -> RequestError:
+    return RequestError(
+        401, f"Authentication failed: {why}.", slug=slug, fix="Send `Authorization: Bearer <your key>`."
+    )

@@ -1,0 +1,408 @@
+"""A request's walk: `enter` reads from top to bottom. Everything it asks is decided elsewhere, purely."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from neaptide.clock import mono_s
+from neaptide.errors import RequestError, StorageError
+from neaptide.gateway import admit, ids, queue, route
+from neaptide.gateway.access import AccessLog, Line
+from neaptide.gateway.call import Call
+from neaptide.gateway.exchange import DONE, WAITING, Exchange
+from neaptide.gateway.lane import Lane
+from neaptide.gateway.metrics import Metrics
+from neaptide.gateway.route import Target
+from neaptide.gateway.server import Connection
+from neaptide.gateway.upstream import Order, Upstream
+from neaptide.table import Gauges, KeyRow, ReplicaRow, Table
+from neaptide.types import Begin, Usage
+from neaptide.wire.peek import peek, splice
+
+log = logging.getLogger("neaptide.gateway")
+
+
+class Journal(Protocol):
+    """What the door asks of the journal."""
+
+    def begin(self, begin: Begin) -> None: ...
+    def end(self, usage: Usage, then: Callable[[], None] | None) -> None: ...
+    def refusal(self) -> str | None: ...
+
+
+Connect = Callable[[ReplicaRow, Target, Callable[[], None]], Upstream]  # the last: call it when there is room
+
+
+class Door:
+    """Holds the table and all requests in flight. `connect` makes the upstream of a replica: the seam between
+    routing and protocols."""
+
+    def __init__(
+        self,
+        name: str,
+        pepper: str,
+        journal: Journal,
+        connect: Connect,
+        *,
+        metrics: Metrics | None = None,
+        access: AccessLog | None = None,
+    ) -> None:
+        self.name = name
+        self.journal = journal
+        self.metrics = metrics or Metrics()
+        self.access = access
+        self.ids = ids.Ids()
+        self.table = Table()
+        self.held = False  # a table was installed
+        self.on_starving: Callable[[], None] | None = None  # a request waits and no replica is ready
+        self.lanes: dict[str, Lane] = {}  # by deployment
+        self.live: set[Exchange] = set()
+        self._by_name: dict[str, Lane] = {}  # by deployment and alias
+        self._pepper = bytes.fromhex(pepper)
+        self._connect = connect
+        self.keys = admit.Keys((), self._pepper)
+
+    # --- the walk
+
+    def enter(self, connection: Connection, call: Call, key: KeyRow, now: float) -> None:
+        """A whole request has come; its head was admitted. Every way out of here ends in one answer and one row."""
+        try:
+            full_disk = self.journal.refusal()
+            if full_disk is not None:
+                raise _disk_full(full_disk)
+            asked = peek(call.body)
+            lane = self._lane(asked.model)
+            admit.check_model(key, lane.row.model)
+            priority = admit.priority(call.headers.get(b"x-neaptide-priority"), key)
+            deadline_s = admit.deadline_s(call.headers, asked.stream, call.arrived_s)
+        except RequestError as error:
+            self.refuse(connection, call, error, now)
+            return
+        exchange = Exchange(self, connection, call, key, lane, asked, priority, deadline_s)
+        connection.exchange = exchange
+        self.live.add(exchange)
+        lane.metrics.arrivals += 1
+        lane.turn += 1
+        target = None if lane.line.waiting else route.choose(lane.targets, now, lane.turn)
+        if target is None:
+            self._wait(exchange, now)
+        else:
+            self._dispatch(exchange, target, now)
+
+    def _lane(self, model: str) -> Lane:
+        lane = self._by_name.get(model)
+        if lane is None:
+            raise RequestError(
+                404,
+                f"The model '{model}' does not exist.",
+                slug="model_not_found",
+                param="model",
+                fix="GET /v1/models lists those that do.",
+            )
+        return lane
+
+    def _wait(self, exchange: Exchange, now: float, since_s: float | None = None) -> None:
+        """Into the line; or a refusal, where waiting is hopeless or the line is full."""
+        lane = exchange.lane
+        ready = route.reachable(lane.targets, now)
+        try:
+            if lane.row.failing and not ready:
+                raise RequestError(
+                    503, f"No replica starts: {lane.row.failing}.", slug="replica_failing", retry_after_s=5.0
+                )
+            exchange.ticket = lane.line.enter(exchange, now, since_s=since_s, deadline_s=exchange.deadline_s)
+            exchange.state = WAITING
+        except RequestError as error:
+            exchange.fail(error, now, "error" if error.status == 503 else "refused")
+            return
+        if not ready and self.on_starving is not None:
+            self.on_starving()
+
+    def _dispatch(self, exchange: Exchange, target: Target, now: float) -> None:
+        lane, call, asked = exchange.lane, exchange.call, exchange.asked
+        row = target.row
+        if not exchange.begun:
+            try:
+                self.journal.begin(_begin(exchange, row))
+            except StorageError as e:  # the disk filled up while it waited
+                exchange.fail(_disk_full(e.what), now, "refused")
+                return
+            exchange.begun = True
+            lane.running += 1
+        target.take()
+        body, hide = call.body, False
+        if not target.link and call.route != "tokenize":
+            name = row.remote_model or lane.row.model
+            hide = asked.stream and not asked.include_usage
+            if hide or name != asked.model:
+                body = splice(body, model=name if name != asked.model else None, include_usage=hide)
+        exchange.sent(target, now, hide)
+        lane.upstreams[row.id].send(_order(exchange, body, now), exchange)
+
+    def again(self, exchange: Exchange, now: float) -> None:
+        """Another try, before the first byte: another replica, if one can take it; else the front of the line."""
+        self._release(exchange)
+        lane = exchange.lane
+        lane.metrics.retries += 1
+        target = route.choose(lane.targets, now, lane.turn, exchange.tried)
+        if target is None:
+            self._wait(exchange, now, since_s=exchange.call.arrived_s)
+        else:
+            self._dispatch(exchange, target, now)
+
+    def settle(self, exchange: Exchange, usage: Usage, now: float) -> None:
+        """The request is over: its slot is free, its row is written, and then the client gets the last bytes."""
+        self.live.discard(exchange)
+        lane = exchange.lane
+        if exchange.ticket is not None:
+            lane.line.leave(exchange.ticket)
+            exchange.ticket = None
+        self._release(exchange)
+        if exchange.begun:
+            lane.running -= 1
+        self._count(lane, usage)
+        if self.access is not None:
+            self.access.add(_line(exchange.connection.peer, exchange.call, usage))
+        self.journal.end(usage, exchange.say_last)
+        if lane.line.waiting:
+            self.pump(lane, now)
+
+    def _release(self, exchange: Exchange) -> None:
+        target, exchange.target = exchange.target, None
+        if target is not None:
+            target.release()
+
+    def pump(self, lane: Lane, now: float) -> None:
+        """Those who wait go to replicas that have room again."""
+        while lane.line.waiting:
+            lane.turn += 1
+            target = route.choose(lane.targets, now, lane.turn)
+            if target is None:
+                return
+            ticket = lane.line.first(now)
+            if ticket is None:
+                return
+            ticket.item.ticket = None
+            self._dispatch(ticket.item, target, now)
+
+    # --- refusals
+
+    def refuse(self, connection: Connection, call: Call, error: RequestError, now: float) -> None:
+        """Answer a request that never became an exchange. One row where a key was known and the disk can take it:
+        a flood without keys must cost neither disk nor memory."""
+        slug = error.slug or str(error.status)
+        self.metrics.refuse(slug)
+        connection.refuse(call, error)
+        if call.key is None or not call.route:
+            return
+        usage = Usage(
+            request_id=call.id,
+            client_id=call.client_id.decode("ascii"),
+            tenant=call.key.tenant,
+            project=call.key.project,
+            key=call.key.id,
+            route=call.route,
+            prompt_bytes=call.size,
+            started_wall_s=call.wall_s,
+            arrived_mono_s=call.arrived_s,
+            duration_s=now - call.arrived_s,
+            outcome="refused",
+            status=error.status,
+            error=slug,
+        )
+        if error.status != 507:
+            self.journal.end(usage, None)
+
+    # --- time
+
+    def sweep(self, now: float) -> None:
+        """Every 100 ms: what waited too long, what runs too long, and who may be tried again."""
+        for lane in list(self.lanes.values()):
+            if lane.line.waiting:
+                for ticket in lane.line.expired(now):
+                    ticket.item.ticket = None
+                    error = queue.too_long(ticket, lane.line.max_wait_s, lane.line.retry_after_s(now))
+                    ticket.item.fail(error, now, "refused")
+                self.pump(lane, now)
+                if lane.row.failing and not route.reachable(lane.targets, now):
+                    self._give_up(lane, now)
+            for upstream in lane.upstreams.values():
+                upstream.sweep(now)
+        for exchange in list(self.live):
+            if exchange.state != DONE:
+                exchange.check(now)
+
+    def end_all(self, error: RequestError, now: float) -> None:
+        """The process ends: everybody is told."""
+        for exchange in list(self.live):
+            exchange.fail(error, now)
+
+    def _give_up(self, lane: Lane, now: float) -> None:
+        """No replica starts: those who wait need not wait longer."""
+        while (ticket := lane.line.first(now)) is not None:
+            ticket.item.ticket = None
+            error = RequestError(
+                503, f"No replica starts: {lane.row.failing}.", slug="replica_failing", retry_after_s=5.0
+            )
+            ticket.item.fail(error, now, "error")
+
+    # --- the table
+
+    def install(self, table: Table) -> None:
+        """Put `table` in force: running requests go on, those who wait keep their places."""
+        now = mono_s()
+        self.table, self.held = table, True
+        self.keys = admit.Keys(table.slow.keys, self._pepper, table.slow.auth)
+        lanes: dict[str, Lane] = {}
+        for row in table.slow.deployments:
+            lane = self.lanes.get(row.model) or Lane(row, self.metrics.model(row.model))
+            lane.adopt(row)
+            lanes[row.model] = lane
+        for model, lane in self.lanes.items():
+            if model not in lanes:
+                self._close_lane(lane, now)
+        self.lanes = lanes
+        self._by_name = {alias: lane for lane in lanes.values() for alias in lane.row.aliases} | lanes
+        for lane in lanes.values():
+            self._set_replicas(lane, [r for r in table.fast.replicas if r.model == lane.row.model])
+            self.pump(lane, now)
+
+    def _set_replicas(self, lane: Lane, rows: list[ReplicaRow]) -> None:
+        """Keep targets whose address is unchanged (their pools and counts live on); replace the others."""
+        old = {t.row.id: t for t in lane.targets}
+        targets = []
+        upstreams: dict[str, Upstream] = {}
+        for row in rows:
+            target = old.get(row.id)
+            if target is not None and _same_process(target.row, row):
+                target.adopt(row)
+                upstreams[row.id] = lane.upstreams[row.id]
+            else:
+                target = Target(row)
+                upstreams[row.id] = self._connect(row, target, lambda: self.pump(lane, mono_s()))
+            targets.append(target)
+        for replica, upstream in lane.upstreams.items():
+            if upstreams.get(replica) is not upstream:
+                upstream.close()
+        lane.targets, lane.upstreams = targets, upstreams
+
+    def _close_lane(self, lane: Lane, now: float) -> None:
+        while (ticket := lane.line.first(now)) is not None:
+            ticket.item.ticket = None
+            error = RequestError(404, "The model is no longer served.", slug="model_not_found", param="model")
+            ticket.item.fail(error, now, "refused")
+        self._set_replicas(lane, [])
+
+    # --- what others ask
+
+    def gauges(self, now: float, connections: int) -> Gauges:
+        targets = [t for lane in self.lanes.values() for t in lane.targets]
+        return Gauges(
+            gateway=self.name,
+            mono_s=now,
+            fast=self.table.fast.version,
+            slow=self.table.slow.version,
+            connections=connections,
+            models={model: lane.gauge(now) for model, lane in self.lanes.items()},
+            replicas={t.row.id: t.in_flight for t in targets},
+            unreachable=tuple(t.row.id for t in targets if t.failures),
+            disk=self.journal.refusal() or "",
+        )
+
+    def log_access(self, connection: Connection, call: Call, status: int, now: float) -> None:
+        """The access line of what is not an exchange."""
+        if self.access is not None:
+            key = call.key.id if call.key is not None else ""
+            duration_s = now - call.arrived_s
+            path = call.path[:256].decode("latin-1")
+            method = call.method.decode("latin-1")
+            self.access.add(
+                Line(call.wall_s, call.id, connection.peer, method, path, status, key=key, duration_s=duration_s)
+            )
+
+    def _count(self, lane: Lane, usage: Usage) -> None:
+        m = lane.metrics
+        m.done += 1
+        m.codes[usage.status] = m.codes.get(usage.status, 0) + 1
+        outcome = (usage.outcome, usage.error)
+        m.outcomes[outcome] = m.outcomes.get(outcome, 0) + 1
+        m.e2e.observe(usage.duration_s)
+        m.queue.observe(usage.queued_s)
+        m.prompt += usage.prompt_tokens
+        m.cached += usage.cached_tokens
+        m.output += usage.output_tokens
+        if usage.ttft_s:
+            m.ttft.observe(usage.ttft_s)
+        if usage.tpot_s:
+            m.tpot.observe(usage.tpot_s)
+        if usage.outcome == "ok":
+            reason = usage.finish or "stop"
+            m.finishes[reason] = m.finishes.get(reason, 0) + 1
+        elif usage.outcome in ("error", "timeout"):
+            m.errors += 1
+
+
+def _same_process(a: ReplicaRow, b: ReplicaRow) -> bool:
+    return (a.endpoint, a.epoch, a.token, a.remote_model) == (b.endpoint, b.epoch, b.token, b.remote_model)
+
+
+def _begin(exchange: Exchange, row: ReplicaRow) -> Begin:
+    call, key, asked = exchange.call, exchange.key, exchange.asked
+    return Begin(
+        request_id=call.id,
+        tenant=key.tenant,
+        project=key.project,
+        key=key.id,
+        model=exchange.lane.row.model,
+        revision=row.revision,
+        replica=row.id,
+        priority=exchange.priority,
+        route=call.route,
+        prompt_bytes=call.size,
+        max_tokens=asked.max_tokens or 0,
+        started_wall_s=call.wall_s,
+        arrived_mono_s=call.arrived_s,
+    )
+
+
+def _order(exchange: Exchange, body: bytes, now: float) -> Order:
+    call, asked = exchange.call, exchange.asked
+    return Order(
+        call.id,
+        call.route,
+        body,
+        asked.stream,
+        bool(asked.include_usage),
+        exchange.key.tenant,
+        ids.hop(call.trace_id, call.flags),
+        call.headers.get(b"tracestate", b"")[:512],
+        exchange.deadline_s - now if exchange.deadline_s != float("inf") else None,
+        exchange.lane.row.timeouts,
+    )
+
+
+def _line(peer: str, call: Call, usage: Usage) -> Line:
+    return Line(
+        call.wall_s,
+        call.id,
+        peer,
+        "POST",
+        call.path.decode("latin-1"),
+        usage.status,
+        usage.model,
+        usage.key,
+        usage.outcome,
+        usage.attempts[-1].replica if usage.attempts else "",
+        usage.queued_s,
+        usage.ttft_s,
+        usage.duration_s,
+        usage.output_tokens,
+    )
+
+
+def _disk_full(disk: str) -> RequestError:
+    return RequestError(
+        507, f"The disk is full, so usage cannot be recorded: {disk}.", slug="disk_full", kind="api_error"
+    )

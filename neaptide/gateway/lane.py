@@ -1,0 +1,46 @@
+"""One deployment in this gateway: its replicas, its waiting line, its counters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from neaptide.gateway.metrics import ModelMetrics
+from neaptide.gateway.queue import Line
+from neaptide.gateway.route import Target
+from neaptide.gateway.upstream import Upstream
+from neaptide.table import DeploymentRow, ModelGauge
+
+if TYPE_CHECKING:
+    from neaptide.gateway.exchange import Exchange
+
+
+class Lane:
+    """Lives as long as its deployment is in the table, or a request of it runs."""
+
+    __slots__ = ("line", "metrics", "row", "running", "targets", "tokens", "turn", "upstreams")
+
+    def __init__(self, row: DeploymentRow, metrics: ModelMetrics) -> None:
+        self.row = row
+        self.metrics = metrics
+        self.line: Line[Exchange] = Line(row.max_waiting, row.max_wait_s)
+        self.targets: list[Target] = []
+        self.upstreams: dict[str, Upstream] = {}  # by replica id
+        self.turn = 0
+        self.running = 0
+        self.tokens = 0
+
+    def adopt(self, row: DeploymentRow) -> None:
+        """The table changed what is configured; those who wait keep their places."""
+        self.row = row
+        self.line.cap, self.line.max_wait_s = row.max_waiting, row.max_wait_s
+
+    def gauge(self, now: float) -> ModelGauge:
+        return ModelGauge(
+            arrivals=self.metrics.arrivals,
+            waiting=len(self.line),
+            oldest_wait_s=round(self.line.oldest_wait_s(now), 3),
+            running=self.running,
+            done=self.metrics.done,
+            errors=self.metrics.errors,
+            tokens=self.tokens,
+        )

@@ -1,0 +1,195 @@
+"""Counters and histograms of one gateway, in plain lists; text is made at scrape time.
+
+`observe` is a bisect and two additions (0.11 us; a metrics library's labelled observe costs 1.7 us). Labels come from
+the table and from small fixed sets, never from what a client sent. Names follow vLLM where the meaning is the same, so
+that dashboards and autoscalers written for it read the gateway too; what vLLM has no name for is `neaptide_`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+
+SECONDS = (
+    0.001,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+    640.0,
+)
+TOKEN_SECONDS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.015,
+    0.02,
+    0.025,
+    0.03,
+    0.04,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    1.0,
+    2.5,
+)
+CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+
+
+class Histogram:
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def lines(self, name: str, labels: str) -> Iterator[str]:
+        seen = 0
+        for bound, count in zip(self.bounds, self.counts):
+            seen += count
+            yield f'{name}_bucket{{{labels},le="{bound}"}} {seen}'
+        seen += self.counts[-1]
+        yield f'{name}_bucket{{{labels},le="+Inf"}} {seen}'
+        yield f"{name}_sum{{{labels}}} {self.total}"
+        yield f"{name}_count{{{labels}}} {seen}"
+
+
+class ModelMetrics:
+    """One deployment's. `codes` counts answers by HTTP status, `outcomes` rows by (outcome, error slug)."""
+
+    __slots__ = (
+        "arrivals",
+        "cached",
+        "codes",
+        "done",
+        "e2e",
+        "errors",
+        "finishes",
+        "outcomes",
+        "output",
+        "prompt",
+        "queue",
+        "retries",
+        "tpot",
+        "ttft",
+    )
+
+    def __init__(self) -> None:
+        self.arrivals = self.done = self.errors = self.retries = 0
+        self.prompt = self.cached = self.output = 0
+        self.codes: dict[int, int] = {}
+        self.outcomes: dict[tuple[str, str], int] = {}
+        self.finishes: dict[str, int] = {}
+        self.ttft, self.e2e, self.queue = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
+        self.tpot = Histogram(TOKEN_SECONDS)
+
+
+class Metrics:
+    """All of a gateway's counters. `model("")` is where requests without a known model are counted."""
+
+    __slots__ = ("_models", "refused", "version")
+
+    def __init__(self, version: str = "") -> None:
+        self.version = version
+        self._models: dict[str, ModelMetrics] = {}
+        self.refused: dict[str, int] = {}  # requests that never got to a model: parse errors, keys, paths
+
+    def model(self, name: str) -> ModelMetrics:
+        found = self._models.get(name)
+        if found is None:
+            found = self._models[name] = ModelMetrics()
+        return found
+
+    def refuse(self, slug: str) -> None:
+        self.refused[slug] = self.refused.get(slug, 0) + 1
+
+    def render(self, gauges: Iterable[tuple[str, str, str, float]]) -> bytes:
+        """The exposition text. `gauges`: (name, help, labels, value) read at this moment; rows of a name together."""
+        out: list[str] = []
+        _family(out, "neaptide_build_info", "gauge", "The gateway's version.")
+        out.append(f'neaptide_build_info{{version="{escape(self.version)}"}} 1')
+        last = ""
+        for name, text, labels, value in gauges:
+            if name != last:
+                _family(out, name, "gauge", text)
+                last = name
+            out.append(f"{name}{{{labels}}} {value:g}" if labels else f"{name} {value:g}")
+        self._counters(out)
+        self._histograms(out)
+        return ("\n".join(out) + "\n").encode()
+
+    def _counters(self, out: list[str]) -> None:
+        for name, text, field in _COUNTERS:
+            _family(out, name, "counter", text)
+            out += [f'{name}{{model_name="{escape(m)}"}} {getattr(x, field)}' for m, x in self._models.items()]
+        _family(out, "vllm:request_success_total", "counter", "Answers that ended well, by finish reason.")
+        for m, x in self._models.items():
+            for reason, n in x.finishes.items():
+                out.append(f'vllm:request_success_total{{model_name="{escape(m)}",finished_reason="{reason}"}} {n}')
+        _family(out, "neaptide_requests_total", "counter", "Answers by HTTP status.")
+        for m, x in self._models.items():
+            for code, n in x.codes.items():
+                out.append(f'neaptide_requests_total{{model_name="{escape(m)}",code="{code}"}} {n}')
+        _family(out, "neaptide_outcomes_total", "counter", "Rows by outcome and error.")
+        for m, x in self._models.items():
+            for (outcome, slug), n in x.outcomes.items():
+                labels = f'model_name="{escape(m)}",outcome="{outcome}",error="{escape(slug)}"'
+                out.append(f"neaptide_outcomes_total{{{labels}}} {n}")
+        _family(out, "neaptide_refused_total", "counter", "Requests refused before a model was known, by reason.")
+        out += [f'neaptide_refused_total{{reason="{escape(slug)}"}} {n}' for slug, n in self.refused.items()]
+
+    def _histograms(self, out: list[str]) -> None:
+        for name, text, field in _HISTOGRAMS:
+            _family(out, name, "histogram", text)
+            for m, x in self._models.items():
+                histogram: Histogram = getattr(x, field)
+                out += histogram.lines(name, f'model_name="{escape(m)}"')
+
+
+_COUNTERS = (
+    ("neaptide_arrivals_total", "Requests for a model, counted at arrival.", "arrivals"),
+    ("neaptide_done_total", "Requests that ended, however.", "done"),
+    ("neaptide_errors_total", "Requests that the replica or the gateway failed.", "errors"),
+    ("neaptide_retries_total", "Requests sent again to a replica.", "retries"),
+    ("vllm:prompt_tokens_total", "Prompt tokens.", "prompt"),
+    ("neaptide_cached_tokens_total", "Prompt tokens served from a prefix cache.", "cached"),
+    ("vllm:generation_tokens_total", "Generated tokens.", "output"),
+)
+_HISTOGRAMS = (
+    ("vllm:time_to_first_token_seconds", "From arrival to the first token.", "ttft"),
+    ("vllm:time_per_output_token_seconds", "Mean time between tokens of a request.", "tpot"),
+    ("vllm:e2e_request_latency_seconds", "From arrival to the last byte.", "e2e"),
+    ("vllm:request_queue_time_seconds", "Wait in the gateway.", "queue"),
+)
+
+
+def _family(out: list[str], name: str, kind: str, text: str) -> None:
+    out += (f"# HELP {name} {text}", f"# TYPE {name} {kind}")
+
+
+def escape(value: str) -> str:
+    """A label value."""
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,0 +1,96 @@
+"""Where a request goes: the least loaded replica that can take it. Pure: state in, choice out, `now` given."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from neaptide.link import LoadReport
+from neaptide.table import ReplicaRow
+
+BACKOFF_S = (0.25, 0.5, 1.0, 2.0, 5.0)  # how long a replica that fails to connect is left out, by failures in a row
+
+
+class Target:
+    """What this gateway knows of one replica. `link`: it reports its own room; others are bounded by max_running."""
+
+    __slots__ = (
+        "connected",
+        "down_until_s",
+        "draining",
+        "failures",
+        "in_flight",
+        "limit",
+        "link",
+        "report",
+        "row",
+        "sent",
+    )
+
+    def __init__(self, row: ReplicaRow) -> None:
+        self.row = row
+        self.limit = row.max_running if row.max_running is not None else 1 << 30
+        self.link = row.endpoint.startswith("link:")
+        self.connected = not self.link  # a link has a hello first
+        self.draining = row.state == "draining"
+        self.in_flight = 0
+        self.report: LoadReport | None = None
+        self.sent = 0  # dispatched less ended since `report`
+        self.failures = 0
+        self.down_until_s = 0.0
+
+    def adopt(self, row: ReplicaRow) -> None:
+        """The table changed its state or limit, not its address."""
+        self.row = row
+        self.limit = row.max_running if row.max_running is not None else 1 << 30
+        self.draining = row.state == "draining" or (self.report is not None and self.report.draining)
+
+    def can_take(self, now: float) -> bool:
+        if self.draining or self.in_flight >= self.limit or not self.connected:
+            return False
+        if self.failures and now < self.down_until_s:
+            return False
+        return not self.link or (self.report is not None and self.report.slots > self.sent)
+
+    def reachable(self, now: float) -> bool:
+        return self.connected and not self.draining and not (self.failures and now < self.down_until_s)
+
+    def take(self) -> None:
+        self.in_flight += 1
+        self.sent += 1
+
+    def release(self) -> None:
+        self.in_flight -= 1
+        self.sent -= 1
+
+    def heard(self, report: LoadReport) -> None:
+        """A fresh report counts what was sent before it."""
+        self.report, self.sent = report, 0
+        self.draining = report.draining or self.row.state == "draining"
+
+    def failed(self, now: float) -> None:
+        """It could not be reached: leave it out for a short, growing while."""
+        self.failures += 1
+        self.down_until_s = now + BACKOFF_S[min(self.failures, len(BACKOFF_S)) - 1]
+
+    def answered(self) -> None:
+        self.failures = 0
+
+
+def choose(targets: Sequence[Target], now: float, turn: int = 0, avoid: Collection[str] = ()) -> Target | None:
+    """The target with the least in flight among those that can take one; ties go round by `turn`. Replicas in
+    `avoid` (already tried for this request) only where no other can take it. None: the request must wait."""
+    best: Target | None = None
+    least = 1 << 60
+    count = len(targets)
+    for i in range(count):
+        target = targets[(i + turn) % count]
+        if target.in_flight < least and target.can_take(now) and (not avoid or target.row.id not in avoid):
+            best, least = target, target.in_flight
+    if best is None and avoid:
+        return choose(targets, now, turn)
+    return best
+
+
+def reachable(targets: Sequence[Target], now: float) -> bool:
+    """Is there a replica that requests may wait for: present, not leaving, not failing to connect?"""
+    return any(t.reachable(now) for t in targets)

@@ -1,0 +1,143 @@
+"""What the gateway looks for in bytes that it passes on: usage, the finish reason, and the usage chunk to hide.
+
+Nothing here runs a JSON parser per token. An escaped quote (`\\"usage\\"`) in generated text cannot match: the
+patterns need the bare quotes that only a key has.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+TAIL_BYTES = 4096  # usage and finish reason are looked for in the last bytes of an answer
+EVENT_BYTES = 1 << 20  # longest unfinished event that is held back while looking for the usage chunk
+
+_USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+_USAGE_OBJECT = re.compile(rb'"usage"\s*:\s*\{')
+_FINISH = re.compile(rb'"finish_reason"\s*:\s*"(\w{1,32})"')
+
+
+class _PromptDetails(msgspec.Struct, gc=False):
+    cached_tokens: int | None = None
+
+
+class _OutputDetails(msgspec.Struct, gc=False):
+    reasoning_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct, gc=False):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _PromptDetails | None = None
+    completion_tokens_details: _OutputDetails | None = None
+
+
+class _Event(msgspec.Struct, gc=False):
+    choices: list[msgspec.Raw] | None = None
+    usage: msgspec.Raw | None = None
+
+
+class Counts(msgspec.Struct, frozen=True, gc=False):
+    """Tokens as a replica counted them."""
+
+    prompt: int = 0
+    cached: int = 0
+    reasoning: int = 0
+    output: int = 0
+
+
+_decode_usage = msgspec.json.Decoder(_Usage).decode
+_decode_event = msgspec.json.Decoder(_Event).decode
+
+
+def usage(tail: bytes) -> Counts | None:
+    """The last usage object in `tail`; None where there is none that can be read."""
+    at = tail.rfind(b'"usage"')
+    while at >= 0:
+        if found := _USAGE.match(tail, at):
+            try:
+                u = _decode_usage(found[1])
+            except msgspec.DecodeError:
+                return None
+            return Counts(
+                prompt=max(0, u.prompt_tokens or 0),
+                cached=max(0, (u.prompt_tokens_details and u.prompt_tokens_details.cached_tokens) or 0),
+                reasoning=max(0, (u.completion_tokens_details and u.completion_tokens_details.reasoning_tokens) or 0),
+                output=max(0, u.completion_tokens or 0),
+            )
+        at = tail.rfind(b'"usage"', 0, at)
+    return None
+
+
+def finish(tail: bytes) -> str:
+    """The last finish reason in `tail`, or ""."""
+    at = tail.rfind(b'"finish_reason"')
+    while at >= 0:
+        if found := _FINISH.match(tail, at):
+            return found[1].decode()
+        at = tail.rfind(b'"finish_reason"', 0, at)
+    return ""
+
+
+def ends_event(data: bytes) -> bool:
+    return data.endswith((b"\n\n", b"\r\n\r\n"))
+
+
+class HideUsage:
+    """Takes the chunk with usage and no choices out of a stream whose client did not ask for it. Only whole events
+    pass, so at most one unfinished event is held."""
+
+    __slots__ = ("_held", "seen")
+
+    def __init__(self) -> None:
+        self._held = b""
+        self.seen = b""  # the hidden event, for the record
+
+    def feed(self, data: bytes) -> bytes:
+        """The part of the stream that may go out now."""
+        if self._held:
+            data, self._held = self._held + data, b""
+        if not ends_event(data):
+            cut = _last_boundary(data)
+            data, rest = data[:cut], data[cut:]
+            if len(rest) > EVENT_BYTES:  # not an event stream that we understand: pass it on
+                return data + rest
+            self._held = rest
+        return self._without_usage(data) if _USAGE_OBJECT.search(data) else data
+
+    def rest(self) -> bytes:
+        """What is still held at the end of the stream."""
+        data, self._held = self._held, b""
+        return self._without_usage(data) if data else data
+
+    def _without_usage(self, data: bytes) -> bytes:
+        mark = b"\r\n\r\n" if b"\r\n\r\n" in data else b"\n\n"
+        return b"".join(event for event in _events(data, mark) if not self._is_usage(event))
+
+    def _is_usage(self, event: bytes) -> bool:
+        if not _USAGE_OBJECT.search(event):
+            return False
+        line = event.strip()
+        if not line.startswith(b"data:"):
+            return False
+        try:
+            read = _decode_event(line[5:].strip())
+        except msgspec.DecodeError:
+            return False
+        if read.choices or read.usage is None:
+            return False
+        self.seen = event[-TAIL_BYTES:]
+        return True
+
+
+def _last_boundary(data: bytes) -> int:
+    """Where the last whole event ends; 0 when none does."""
+    lf, crlf = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
+    return max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
+
+
+def _events(data: bytes, mark: bytes) -> list[bytes]:
+    parts = data.split(mark)
+    whole = [part + mark for part in parts[:-1]]
+    return [*whole, parts[-1]] if parts[-1] else whole

@@ -1,0 +1,322 @@
+"""Anybody's replica over HTTP/1.1: a keep-alive pool of strict response readers.
+
+One Connection carries one request at a time. httptools (llhttp) reads the answer: bad chunk sizes, both lengths at
+once, folded headers are errors. A connection that says anything unasked is closed, so that no answer can be taken for
+another's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from typing import cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from neaptide import __version__
+from neaptide.clock import mono_s
+from neaptide.gateway.upstream import Failure, Order, Sink
+from neaptide.table import ReplicaRow
+
+log = logging.getLogger("neaptide.gateway")
+
+HEAD_AT_MOST = 64 << 10
+IDLE_AT_MOST = 1024  # connections kept for reuse
+IDLE_S = 60.0  # how long one is kept
+WHOLE_WRITE = 64 << 10  # smaller requests go out as one piece
+ROUTES = {"chat.completions": "/chat/completions", "completions": "/completions", "tokenize": "/tokenize"}
+
+
+class HttpPool:
+    """The connections to one replica."""
+
+    def __init__(self, row: ReplicaRow, loop: asyncio.AbstractEventLoop) -> None:
+        url = urlsplit(row.endpoint)
+        self.name = row.id
+        self._loop = loop
+        self._host = url.hostname or "127.0.0.1"
+        self._tls = ssl.create_default_context() if url.scheme == "https" else None
+        self._port = url.port or (443 if self._tls else 80)
+        self._idle: list[Connection] = []
+        self._closed = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._heads = _request_heads(row, url.netloc.rpartition("@")[2], url.path.rstrip("/"))
+
+    def send(self, order: Order, sink: Sink) -> None:
+        """On the warmest idle connection (last in, first out), else on a new one."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable():
+                connection.start(order, sink)
+                return
+        self.send_fresh(order, sink)
+
+    def send_fresh(self, order: Order, sink: Sink) -> None:
+        connection = Connection(self)
+        connection.order, connection.sink = order, sink
+        sink.handle = connection
+        task = self._loop.create_task(self._connect(connection, order.timeouts.connect_s))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def close(self) -> None:
+        self._closed = True
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.drop()
+
+    def sweep(self, now: float) -> None:
+        """Close connections idle for too long."""
+        if self._idle and now - self._idle[0].idle_since_s > IDLE_S:
+            stale = [c for c in self._idle if now - c.idle_since_s > IDLE_S]
+            self._idle = [c for c in self._idle if now - c.idle_since_s <= IDLE_S]
+            for connection in stale:
+                connection.drop()
+
+    def request_bytes(self, order: Order) -> tuple[bytes, bytes]:
+        """(head, body) of `order` for this replica."""
+        head = b"%b%baccept: %b\r\nx-request-id: %b\r\ntraceparent: %b\r\ncontent-length: %d\r\n\r\n" % (
+            self._heads[order.route],
+            b"tracestate: %b\r\n" % order.tracestate if order.tracestate else b"",
+            b"text/event-stream" if order.stream else b"application/json",
+            order.request_id.encode(),
+            order.traceparent,
+            len(order.body),
+        )
+        return head, order.body
+
+    def put_back(self, connection: Connection) -> None:
+        if self._closed or len(self._idle) >= IDLE_AT_MOST:
+            connection.drop()
+        else:
+            connection.idle_since_s = mono_s()
+            self._idle.append(connection)
+
+    def forget(self, connection: Connection) -> None:
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    async def _connect(self, connection: Connection, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._loop.create_connection(
+                    lambda: connection,
+                    self._host,
+                    self._port,
+                    ssl=self._tls,
+                    server_hostname=self._host if self._tls else None,
+                )
+        except TimeoutError:
+            connection.fail("replica_connect_timeout", f"did not accept a connection within {timeout_s:g} s")
+        except (OSError, ssl.SSLError) as e:
+            connection.fail("replica_unreachable", f"refused the connection ({e.strerror or e})")
+
+
+class Connection(asyncio.Protocol):
+    """One connection, one request at a time. Is the Handle of its request."""
+
+    __slots__ = (
+        "_begun",
+        "_chunked",
+        "_complete",
+        "_head_seen",
+        "_headers",
+        "_headers_done",
+        "_parser",
+        "_parts",
+        "_paused",
+        "_pool",
+        "_reusable",
+        "_status",
+        "_transport",
+        "_until_eof",
+        "_unwanted",
+        "idle_since_s",
+        "order",
+        "sink",
+        "uses",
+    )
+
+    def __init__(self, pool: HttpPool) -> None:
+        self._pool = pool
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self.order: Order | None = None
+        self.sink: Sink | None = None
+        self.uses = 0
+        self.idle_since_s = 0.0
+        self._paused = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._parts: list[bytes] = []
+        self._headers: dict[bytes, bytes] = {}
+        self._begun = self._headers_done = self._complete = False
+        self._until_eof = self._reusable = self._unwanted = False
+        self._head_seen = self._status = 0
+
+    # --- its life
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own class does not inherit it
+        order, sink = self.order, self.sink
+        if order is None or sink is None:  # aborted while it connected
+            self._pool.put_back(self)
+            return
+        self.start(order, sink)
+
+    def usable(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def start(self, order: Order, sink: Sink) -> None:
+        transport = cast(asyncio.Transport, self._transport)
+        self.order, self.sink = order, sink
+        sink.handle = self
+        self.uses += 1
+        self._reset()
+        head, body = self._pool.request_bytes(order)
+        if len(body) <= WHOLE_WRITE:
+            transport.write(head + body)
+        else:
+            transport.write(head)
+            transport.write(body)
+
+    def abort(self) -> None:
+        """The request is unwanted: a server notices a closed connection at once, and nothing else."""
+        self.sink = self.order = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    def drop(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def pause_reading(self) -> None:
+        if not self._paused and self.usable() and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._paused and self.usable() and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        sink, order = self.sink, self.order
+        self.sink = self.order = None
+        if sink is None or order is None:
+            self._pool.forget(self)
+            return
+        if self._until_eof and exc is None:
+            sink.on_end(b"", mono_s())
+        elif self._head_seen:
+            sink.on_failure(Failure("replica_broke_off", f"broke off its answer ({exc or 'connection closed'})"))
+        elif self.uses > 1:  # a stale keep-alive connection: nothing was read, nothing came
+            self._pool.send_fresh(order, sink)
+        else:
+            sink.on_failure(Failure("replica_reset", "closed the connection without an answer", True, True))
+
+    def fail(self, slug: str, message: str) -> None:
+        """It never connected."""
+        sink, self.sink, self.order = self.sink, None, None
+        if sink is not None:
+            sink.on_failure(Failure(slug, message, retryable=True, unreachable=True))
+
+    # --- the answer
+
+    def data_received(self, data: bytes) -> None:
+        sink = self.sink
+        if sink is None:  # unasked
+            if self._transport is not None:
+                self._transport.abort()
+            return
+        if not self._headers_done:
+            self._head_seen += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as e:
+            self._bad(sink, f"sent invalid HTTP ({e})")
+            return
+        if self._unwanted:
+            self._quit()
+            return
+        if not self._headers_done:
+            if self._head_seen > HEAD_AT_MOST:
+                self._bad(sink, f"sent a head of more than {HEAD_AT_MOST} bytes")
+            return
+        parts = self._parts
+        if self._complete:
+            self._finish(sink, b"".join(parts) if len(parts) != 1 else parts[0])
+        elif parts:
+            self._parts = []
+            sink.on_body(b"".join(parts) if len(parts) != 1 else parts[0], mono_s())
+
+    def _finish(self, sink: Sink, last: bytes) -> None:
+        self.sink = self.order = None
+        self._parts = []
+        if self._paused:
+            self.resume_reading()
+        if self._reusable:
+            self._pool.put_back(self)
+        else:
+            self.drop()
+        sink.on_end(last, mono_s())
+
+    def _bad(self, sink: Sink, message: str) -> None:
+        self._quit()
+        sink.on_failure(Failure("replica_bad_answer", message))
+
+    def _quit(self) -> None:
+        self.sink = self.order = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- httptools
+
+    def on_message_begin(self) -> None:
+        if self._begun and self._complete:
+            self._reusable = False  # something unasked follows: never read another answer from here
+        self._begun = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._complete:
+            self._headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        if self._complete or self.sink is None:
+            return
+        status = self._parser.get_status_code()
+        if 100 <= status < 200:
+            self._headers = {}
+            return
+        self._status = status
+        self._headers_done = True
+        headers = self._headers
+        self._until_eof = b"content-length" not in headers and b"transfer-encoding" not in headers
+        self._reusable = not self._until_eof and bool(self._parser.should_keep_alive())
+        self._unwanted = not self.sink.on_head(status, headers)
+
+    def on_body(self, data: bytes) -> None:
+        if not self._complete:
+            self._parts.append(data)
+
+    def on_message_complete(self) -> None:
+        if self._headers_done:
+            self._complete = True
+        else:
+            self._begun = False  # an interim answer (1xx)
+
+
+def _request_heads(row: ReplicaRow, host: str, base: str) -> dict[str, bytes]:
+    """By route, the request line and the headers that never change. /tokenize stands beside /v1, not under it."""
+    lines = f"host: {host}\r\nuser-agent: neaptide/{__version__}\r\ncontent-type: application/json\r\n"
+    if row.token:
+        lines += f"authorization: Bearer {row.token}\r\n"
+    heads = {}
+    for route, path in ROUTES.items():
+        root = base.removesuffix("/v1") if route == "tokenize" else base
+        heads[route] = f"POST {root}{path} HTTP/1.1\r\n{lines}".encode()
+    return heads

@@ -1,0 +1,107 @@
+"""The little of an OpenAI body that a gateway must read, and the one way it may change it.
+
+`peek` decodes five top-level fields with a typed struct and skips the rest without building it (1 KB: about 1 us,
+200 KB: about 50 us). `splice` rewrites top-level values only: the bytes of every other value stay as the client sent
+them. Of duplicate keys both take the last one, so that what was judged is what is sent.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+from neaptide.errors import RequestError
+
+MAX_MODEL_CHARS = 256
+MOST_TOKENS = 2**31 - 1
+
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=MOST_TOKENS)]
+
+
+class Peek(NamedTuple):
+    """What the gateway knows of a body. `include_usage` is None where the client said nothing about it."""
+
+    model: str
+    stream: bool
+    max_tokens: int | None
+    include_usage: bool | None
+
+
+class _StreamOptions(msgspec.Struct, gc=False):
+    include_usage: bool | None = None
+
+
+class _Asked(msgspec.Struct, gc=False):
+    model: str
+    stream: bool | None = None
+    max_tokens: _Tokens | None = None
+    max_completion_tokens: _Tokens | None = None
+    stream_options: _StreamOptions | None = None
+
+
+_decode = msgspec.json.Decoder(_Asked).decode
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_encode = msgspec.json.Encoder().encode
+_PLACE = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<where>[^`]*)`)?$", re.DOTALL)
+_MISSING = re.compile(r"missing required field `(\w+)`")
+
+
+def peek(body: bytes) -> Peek:
+    """Read `body`. RequestError 400 for invalid UTF-8 or JSON, a missing model, wrong types of the fields read."""
+    if not body.isascii():
+        _check_utf8(body)
+    try:
+        asked = _decode(body)
+    except msgspec.ValidationError as e:
+        raise _mistyped(str(e)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise RequestError(400, f"The body is not valid JSON: {e}.", slug="invalid_json") from None
+    except RecursionError:
+        raise RequestError(400, "The body is nested too deeply.", slug="invalid_json") from None
+    if not asked.model or len(asked.model) > MAX_MODEL_CHARS or not asked.model.isprintable():
+        raise RequestError(
+            400, f"'model' must be 1 to {MAX_MODEL_CHARS} printable characters.", param="model", slug="invalid_value"
+        )
+    options = asked.stream_options
+    limit = asked.max_completion_tokens
+    return Peek(
+        asked.model,
+        bool(asked.stream),
+        asked.max_tokens if limit is None else limit,
+        options.include_usage if options is not None else None,
+    )
+
+
+def splice(body: bytes, *, model: str | None = None, include_usage: bool = False) -> bytes:
+    """`body` with `model` replaced and/or `stream_options.include_usage` set to true; nested values elsewhere keep
+    their bytes. `body` must be one that `peek` accepted."""
+    fields = _fields.decode(body)
+    if model is not None:
+        fields["model"] = msgspec.Raw(_encode(model))
+    if include_usage:
+        options = fields.get("stream_options")
+        inner = {} if options is None or bytes(options).strip() == b"null" else _fields.decode(options)
+        inner["include_usage"] = msgspec.Raw(b"true")
+        fields["stream_options"] = msgspec.Raw(_encode(inner))
+    return _encode(fields)
+
+
+def _check_utf8(body: bytes) -> None:
+    try:
+        body.decode()  # msgspec does not look into strings that it skips
+    except UnicodeDecodeError as e:
+        raise RequestError(400, f"The body is not valid UTF-8 (byte {e.start}).", slug="invalid_json") from None
+
+
+def _mistyped(message: str) -> RequestError:
+    if missing := _MISSING.search(message):
+        name = missing[1]
+        return RequestError(400, f"You must provide the parameter '{name}'.", param=name, slug="missing_parameter")
+    found = _PLACE.match(message)
+    where = (found and found["where"]) or None
+    what = found["what"] if found else message
+    if where is None:
+        return RequestError(400, f"The body must be a JSON object: {what}.", slug="invalid_json")
+    return RequestError(400, f"Invalid value for '{where}': {what}.", param=where, slug="invalid_type")
