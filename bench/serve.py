@@ -154,11 +154,11 @@ def prompt_tokens(server: kit.Up, model: str, text: str) -> int:
 def prefix(model: Path, args: argparse.Namespace) -> tuple[dict[str, Any], list[list[str]]]:
     """Each trial has a prefix nobody has seen; the second request shares it and ends differently."""
     dice = random.Random(7)
-    words = "tide moon harbour keel rope sand pier lamp gull wave drift anchor chart bell fog reef".split()
+    words = ["tide", "moon", "harbour", "keel", "rope", "sand", "pier", "lamp", "gull", "wave", "drift", "anchor"]
     cold, warm = [], []
     with kit.up(config("bench", model)) as server:
         place(server)
-        a_word = (prompt_tokens(server, "bench", " ".join(words * 8)) - prompt_tokens(server, "bench", "tide")) / 127
+        a_word = (prompt_tokens(server, "bench", " ".join(words * 10)) - prompt_tokens(server, "bench", "tide")) / 119
         for _ in range(max(3, args.repeat)):
             shared = " ".join(dice.choices(words, k=round(1000 / a_word)))
             for ending, times in ((" Ebb?", cold), (" Flood?", warm)):
