@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import signal
 import socket
 import statistics
@@ -290,7 +291,7 @@ def save(name: str, result: Mapping[str, Any]) -> Path:
 def again() -> str:
     main = sys.modules["__main__"]
     module = main.__spec__.name if getattr(main, "__spec__", None) else Path(sys.argv[0]).stem
-    return " ".join([".venv/bin/python", "-m", module, *sys.argv[1:]])
+    return shlex.join([".venv/bin/python", "-m", module, *sys.argv[1:]])
 
 
 def machine() -> dict[str, Any]:

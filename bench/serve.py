@@ -204,7 +204,10 @@ def main() -> None:
         found[name], more = PARTS[name](model, args)
         rows += more
     kit.table(["measure", "HTTP", "raw", "ratio"], rows)
-    kit.save("serve", {"model": str(model), "repeat": args.repeat, "summary": rows, **found})
+    kit.save(
+        "serve" if len(names) == len(PARTS) else f"serve-{'-'.join(names)}",
+        {"model": str(model), "repeat": args.repeat, "summary": rows, **found},
+    )
 
 
 if __name__ == "__main__":
