@@ -126,7 +126,7 @@ class LinkConnection(asyncio.Protocol):
 
     def flush(self, load: LoadReport | None = None) -> None:
         """One write of what has gathered, `load` ahead of it when it is news to this peer."""
-        if load is not None and self._said_hello and load != self._load:
+        if load is not None and self._said_hello and is_news(load, self._load):
             self._load = load
             self.out.append(link.frame(0, link.LOAD, _encode(load)))
         if not self.out or self._transport is None:
@@ -236,6 +236,13 @@ class LinkConnection(asyncio.Protocol):
             return
         self._server.log.info("link closed", why=why)
         self._transport.abort()
+
+
+def is_news(now: LoadReport, told: LoadReport | None) -> bool:
+    """Whether a peer that was told `told` must hear `now`; the measured values change at every step, a little."""
+    if told is None or abs(now.kv_usage - told.kv_usage) > 0.02 or abs(now.step_s - told.step_s) > 0.25 * told.step_s:
+        return True
+    return msgspec.structs.replace(now, kv_usage=told.kv_usage, step_s=told.step_s) != told
 
 
 class LinkServer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -133,7 +134,7 @@ class Service:
     def load(self) -> LoadReport:
         admission = self._admission
         if admission is None:
-            return LoadReport(draining=self.state != READY)
+            return LoadReport(draining=self.state in (DRAINING, DEAD))
         return LoadReport(
             running=len(self._engine),
             waiting=len(admission.waiting) + self._preparing,
@@ -141,7 +142,7 @@ class Service:
             free_kv_tokens=admission.free_kv_tokens,
             kv_usage=round(self._kv_usage, 4),
             step_s=round(self.meters.median_step_s(), 6),
-            draining=self.state != READY,
+            draining=self.state in (DRAINING, DEAD),
         )
 
     # ------------------------------------------------------------------------------------------------ requests
@@ -175,6 +176,8 @@ class Service:
                 self._begin(job, self._read(opened, body), from_body)
         except RequestError as e:
             self._fail(job, e, retryable=e.status in (429, 503))
+        except Exception as e:
+            self._unexpected(job, e)
         self._give(now)
         self._arm()
         return job
@@ -224,10 +227,15 @@ class Service:
         except RequestError as e:
             self._fail(job, e, retryable=e.status in (429, 503))
         except Exception as e:
-            self._log.error("prepare", request_id=job.opened.request_id, error=f"{type(e).__name__}: {e}")
-            self._fail(job, _internal(e), retryable=False)
+            self._unexpected(job, e)
         self._give(mono_s())
         self.changed()
+
+    def _unexpected(self, job: Job, e: Exception) -> None:
+        """A bug of ours or of a library, met by one request: it alone fails."""
+        where = "".join(traceback.format_exception(e))[-1024:]
+        self._log.error("unexpected", request_id=job.opened.request_id, where=where)
+        self._fail(job, _internal(e), retryable=False)
 
     def _loaded(self) -> tuple[Model, Description]:
         assert self._model is not None  # noqa: S101 (callers run only once ready)
@@ -280,6 +288,8 @@ class Service:
     def _give(self, now: float) -> None:
         """Hand the engine what fits, and what else it must be told."""
         admission = self._admission
+        if admission is not None and admission.waiting:
+            self._expire(admission, now)
         while admission is not None and self.state == READY and (job := admission.next()) is not None:
             prepared = job.prepared
             assert prepared is not None  # noqa: S101 (it waited in the line)
@@ -339,6 +349,8 @@ class Service:
     def _advance(self, job: Job, emission: Emission, now: float) -> None:
         answer = job.answer
         assert answer is not None  # noqa: S101 (it went to the engine)
+        if job.finish:  # complete, its reader still owes credit; the engine is only confirming
+            return
         if emission.token_ids:
             self.meters.token(job, now, len(emission.token_ids))
             answer.push(emission.token_ids, emission.logprobs)
@@ -404,6 +416,11 @@ class Service:
 
     # ------------------------------------------------------------------------------------------------ timers
 
+    def _expire(self, admission: Admission, now: float) -> None:
+        for job in admission.expired(now):
+            message = "The request's deadline passed while it waited in the replica."
+            self._fail(job, RequestError(504, message, slug="deadline_exceeded"), retryable=False)
+
     def _arm(self) -> None:
         if self._tick is None and self._open:
             self._tick = asyncio.get_running_loop().call_later(TICK_S, self._ticked)
@@ -411,10 +428,6 @@ class Service:
     def _ticked(self) -> None:
         self._tick = None
         now = mono_s()
-        if self._admission is not None:
-            for job in self._admission.expired(now):
-                message = "The request's deadline passed while it waited in the replica."
-                self._fail(job, RequestError(504, message, slug="deadline_exceeded"), retryable=False)
         for job in [j for j in self._open.values() if j.stalled_s and now - j.stalled_s >= self._stall_s]:
             self._log.info("stalled", request_id=job.opened.request_id, stall_s=self._stall_s)
             if not job.finish:
