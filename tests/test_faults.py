@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
+
+import pytest
 
 from tests.conftest import Service, alive, descendants, neaptide
 from tests.traffic import admin, chat, rows_when, stream, usage_rows, wait_for
@@ -210,3 +214,39 @@ def test_a_missing_model_ends_up_with_its_reason_and_leaves_nothing(tmp_path, se
     assert "E20" in told.stderr
     assert "nowhere" in told.stderr
     assert neaptide("down", "--state", str(tmp_path / "st")).stdout.startswith("nothing runs")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a full disk is made by mounting a small tmpfs, which needs root")
+def test_a_full_disk_refuses_new_requests_by_its_name_and_records_the_running_ones(tmp_path, serve: Serve) -> None:
+    journal = tmp_path / "s" / "journal"
+    journal.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", journal], check=False)
+    if mounted.returncode:
+        pytest.skip("tmpfs cannot be mounted here: the full disk is not tested")
+    try:
+        service = serve(SLOW + "journal: {segment_mib: 1}\n")
+        running = [stream(service, f"run {i}", max_tokens=150) for i in range(3)]
+        assert all(a.first.wait(20) for a in running)
+        filler = journal / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as f:
+            while True:
+                f.write(bytes(1 << 14))
+        refused = wait_for(lambda: _refused(service), "a refusal", 30.0)
+        assert refused.status == 507
+        assert str(journal) in refused.message
+        assert all(a.join().done for a in running)
+        filler.unlink()
+        wait_for(lambda: chat(service, "room again", max_tokens=2).join().status == 200, "it recovers by itself", 30.0)
+        rows = usage_rows(service)
+        assert sum(r.get("output_tokens") == 150 for r in rows) == 3, "the running ones were recorded whole"
+        service.run("down")
+    finally:
+        subprocess.run(["umount", "-l", journal], check=True)
+
+
+def _refused(service: Service):
+    for _ in range(200):
+        answer = chat(service, "more", max_tokens=1).join()
+        if answer.status != 200:
+            return answer
+    return None

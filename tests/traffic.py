@@ -32,7 +32,7 @@ class Answer:
         self.service, self.body, self.path = service, body, path
         self.status = 0
         self.text, self.events, self.tokens = "", 0, 0
-        self.finish = self.error = ""
+        self.finish = self.error = self.message = ""
         self.done = False  # [DONE] seen, or a whole JSON body
         self.broken = ""  # the connection's end, when it was not clean
         self.first = threading.Event()
@@ -91,6 +91,7 @@ class Answer:
         self.done = True
         if "error" in tree:
             self.error = tree["error"]["code"] or tree["error"]["message"]
+            self.message = tree["error"]["message"]
             return
         choice = tree["choices"][0]
         self.text = choice.get("message", choice).get("content") or choice.get("text") or ""
