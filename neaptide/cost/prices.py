@@ -15,7 +15,7 @@ from neaptide.config import Price
 from neaptide.errors import ConfigError
 
 NANOS = 10**9
-MAX_NANOS = 10**18  # per 10^6 tokens, a thousand million of the currency; a charge of 10^6 tokens still fits int64
+MAX_NANOS = 10**15  # a million of the currency per 10^6 tokens
 
 
 class Rate(msgspec.Struct, frozen=True):
@@ -81,7 +81,7 @@ def _nanos(value: float | str, key: str) -> int:
     if exact is None or not 0 <= exact <= MAX_NANOS:
         raise ConfigError(
             f"{key}: {value} is not a price",
-            why="per 10^6 tokens, from 0 to 10^9, with at most nine decimals",
+            why="per 10^6 tokens, from 0 to 10^6, with at most nine decimals",
             fix=f"write it as {key}: 0.5",
             code="E109",
         )
