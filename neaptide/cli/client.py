@@ -164,7 +164,8 @@ class Stream:
         try:
             self._connection.request("POST", endpoint.path + path, body=body, headers=headers)
             self._response = self._connection.getresponse()
-            self.request_id = self._response.getheader("x-request-id") or ""
+            told = self._response.getheader
+            self.request_id = told("x-neaptide-request-id") or told("x-request-id") or ""
             if self._response.status >= 400:
                 raise refused(self._response.status, self._response.read(MAX_LINE), endpoint)
         except BaseException as e:
