@@ -74,7 +74,7 @@ class OpenVinoEngine:
             kv_tokens=self._kv.total_tokens,
             kv_block_tokens=BLOCK_TOKENS,
             chunk_tokens=planned.batched_tokens,
-            precision=planned.precision or "auto",
+            precision=planned.precision,
             prefix_cache=planned.prefix_cache,
             replayable=("greedy", "repetition_penalty"),
         )

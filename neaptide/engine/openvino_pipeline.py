@@ -44,7 +44,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     files: ModelFiles
     threads: int
-    precision: str | None
+    precision: str  # of the arithmetic; weights keep their own
     max_running: int
     kv_blocks: int
     prefix_cache: bool
@@ -73,7 +73,8 @@ def plan(spec: ReplicaSpec) -> Plan:
     return Plan(
         files=files,
         threads=options.threads or len(os.sched_getaffinity(0)),
-        precision=options.precision,
+        # The library's own choice is asked for, so that it is told, and is part of a calibration's key: bf16 with AMX.
+        precision=options.precision or ov.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name(),
         max_running=max_running,
         kv_blocks=_kv_blocks(files, max_running, options.kv_mib),
         # The library has one cache for all and no salt to divide it by tenant: `tenant` is served without a cache.
@@ -93,12 +94,11 @@ def build(plan: Plan) -> Any:
     scheduler.enable_prefix_caching = plan.prefix_cache
     properties: dict[str, object] = {
         "INFERENCE_NUM_THREADS": plan.threads,
+        "INFERENCE_PRECISION_HINT": plan.precision,
         "KV_CACHE_PRECISION": "u8",
         # Pinned by the library, two replicas would share the first cores while others idle; pin by engine_cpus.
         "ENABLE_CPU_PINNING": plan.pinned,
     }
-    if plan.precision is not None:
-        properties["INFERENCE_PRECISION_HINT"] = plan.precision
     try:
         return genai.ContinuousBatchingPipeline(plan.files.directory, scheduler, "CPU", properties)
     except RuntimeError as error:
@@ -147,7 +147,7 @@ def load(planned: Plan, spec: ReplicaSpec, stages: dict[str, float]) -> tuple[Pl
         directory=files.directory,
         changed_ns=files.changed_ns,
         threads=planned.threads,
-        precision=planned.precision or "",
+        precision=planned.precision,
         library=library,
     )
     known = calibrate.recall(spec.cache_dir, key)
