@@ -24,9 +24,9 @@ HERE = Path(__file__).parent / "migrations"
 log = logging.getLogger("neaptide.ledger")
 
 
-def head() -> str:
+def head(steps: Path = HERE) -> str:
     """The revision this version's code works with."""
-    return str(_script().get_current_head())
+    return str(_script(steps).get_current_head())
 
 
 def current(connection: sa.Connection) -> str:
@@ -34,26 +34,27 @@ def current(connection: sa.Connection) -> str:
     return MigrationContext.configure(connection).get_current_revision() or ""
 
 
-def upgrade(database: Database, now_s: float) -> Path | None:
-    """Brings the schema to head(); the path of the copy made before, None where nothing was to be done or lost.
+def upgrade(database: Database, now_s: float, *, steps: Path = HERE) -> Path | None:
+    """Brings the schema to the head of `steps`. The path of the copy made before; None where nothing was to be done, or
+    nothing could be lost.
 
     StorageError where the ledger was written by a newer version. PostgreSQL is not copied here (its DDL is
     transactional: a step that fails leaves nothing behind).
     """
     with database.read() as connection:
         at = current(connection)
-    if at == head():
+    if at == head(steps):
         return None
-    if at and at not in {step.revision for step in _script().walk_revisions()}:
+    if at and at not in {step.revision for step in _script(steps).walk_revisions()}:
         raise StorageError(
-            f"the ledger {database.label} is at revision {at}, this version knows up to {head()}",
+            f"the ledger {database.label} is at revision {at}, this version knows up to {head(steps)}",
             why="a newer Neaptide has written it",
             fix="install that version again, or restore a copy made before (ledger.db.bak-..., `neaptide restore`)",
             code="E513",
         )
     copy = _copy(database.path, at, now_s) if at and database.path else None
     with database.write() as connection:
-        config = _config()
+        config = _config(steps)
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
     return copy
@@ -90,11 +91,11 @@ def _copy(path: Path, revision: str, now_s: float) -> Path:
     return target
 
 
-def _script() -> ScriptDirectory:
-    return ScriptDirectory.from_config(_config())
+def _script(steps: Path) -> ScriptDirectory:
+    return ScriptDirectory.from_config(_config(steps))
 
 
-def _config() -> Config:
+def _config(steps: Path) -> Config:
     config = Config()
-    config.set_main_option("script_location", str(HERE).replace("%", "%%"))
+    config.set_main_option("script_location", str(steps).replace("%", "%%"))
     return config

@@ -1,0 +1,118 @@
+"""Keys: shown once, kept as a keyed hash, gone from the gateways' table when revoked."""
+
+import re
+import secrets
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+
+import pytest
+
+from neaptide.clock import VirtualClock
+from neaptide.control.keys import KeyStore, digest
+from neaptide.cost.ledger import Ledger, open_ledger
+from neaptide.errors import RequestError, StorageError
+from neaptide.table import KeyRow
+
+PEPPER = secrets.token_hex(32)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    opened = open_ledger("", tmp_path, VirtualClock())
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def store(ledger: Ledger) -> KeyStore:
+    return KeyStore(ledger, PEPPER, VirtualClock(wall_s=1_790_000_000.0))
+
+
+def test_a_key_is_returned_once_and_stored_as_a_keyed_hash(store: KeyStore, ledger: Ledger, tmp_path: Path) -> None:
+    made = store.create("ci", priority="high", models=("guide", "small"))
+    assert re.fullmatch(r"sk-[A-Za-z0-9_-]{43}", made.secret)
+    expected = blake2b(made.secret.encode(), key=bytes.fromhex(PEPPER), digest_size=32).hexdigest()
+    assert store.rows() == (
+        KeyRow(
+            id=made.info.id,
+            digest=expected,
+            name="ci",
+            tenant="default",
+            project="default",
+            priority="high",
+            models=("guide", "small"),
+        ),
+    )
+    assert store.list() == (made.info,)
+    assert made.info.last_four == made.secret[-4:]
+    ledger.close()
+    for path in tmp_path.iterdir():
+        assert made.secret.encode() not in path.read_bytes()
+        assert made.secret[:20].encode() not in path.read_bytes()
+
+
+def test_keys_are_all_different(store: KeyStore) -> None:
+    made = [store.create() for _ in range(20)]
+    assert len({m.secret for m in made}) == len({m.info.id for m in made}) == 20
+    assert len(store.rows()) == 20
+
+
+def test_a_revoked_key_is_kept_for_the_books_and_gone_from_the_table(store: KeyStore) -> None:
+    first, second = store.create("a"), store.create("b")
+    revoked = store.revoke(first.info.id)
+    assert revoked.disabled
+    assert revoked.disabled_s == 1_790_000_000.0
+    assert store.revoke(first.info.id) == revoked
+    assert [r.id for r in store.rows()] == [second.info.id]
+    assert [k.disabled for k in sorted(store.list(), key=lambda k: k.name)] == [True, False]
+    with pytest.raises(RequestError, match="no key 'nothing'") as caught:
+        store.revoke("nothing")
+    assert caught.value.status == 404
+
+
+def test_a_given_key_is_adopted_once_and_stays_revoked(store: KeyStore) -> None:
+    given = "sk-" + secrets.token_urlsafe(32)
+    info = store.adopt(given, "default")
+    assert store.adopt(given, "again") == info
+    assert store.rows()[0].digest == digest(given, PEPPER)
+    store.revoke(info.id)
+    assert store.adopt(given, "again").disabled
+    assert store.rows() == ()
+
+
+@pytest.mark.parametrize(
+    "secret", ["", "short", "sk-" + "x" * 300, "sk-has space in it is long", "sk-ünïcode-is-not-a-header"]
+)
+def test_what_cannot_be_a_key_is_refused(store: KeyStore, secret: str) -> None:
+    with pytest.raises(RequestError):
+        store.adopt(secret, "x")
+    assert store.list() == ()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"priority": "urgent"},
+        {"project": "nowhere"},
+        {"tenant": "nobody"},
+        {"name": "x" * 200},
+        {"name": "two\nlines"},
+        {"models": ("a\0b",)},
+        {"project": "nul\0"},
+    ],
+)
+def test_a_key_for_what_does_not_exist_is_refused(store: KeyStore, wrong: dict[str, str]) -> None:
+    with pytest.raises(RequestError) as caught:
+        store.create(**wrong)  # type: ignore[arg-type]
+    assert caught.value.status == 400
+    assert store.list() == ()
+
+
+def test_another_pepper_is_noticed_before_every_key_fails(store: KeyStore, ledger: Ledger) -> None:
+    store.create()
+    with pytest.raises(StorageError, match="not the one that the ledger's keys were hashed with"):
+        KeyStore(ledger, secrets.token_hex(32), VirtualClock())
+    with pytest.raises(StorageError, match="does not hold 32 bytes"):
+        KeyStore(ledger, "not hex", VirtualClock())
+    assert len(KeyStore(ledger, PEPPER, VirtualClock()).rows()) == 1
