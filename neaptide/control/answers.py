@@ -73,7 +73,7 @@ def replicas(c: Control) -> list[ReplicaStatus]:
     loads = c.load_of
     out = []
     for r in c.replicas:
-        child = watched.get(r.id)
+        child, about = watched.get(r.id), c.local.about(r.id)
         out.append(
             ReplicaStatus(
                 id=r.id,
@@ -89,7 +89,8 @@ def replicas(c: Control) -> list[ReplicaStatus]:
                 waiting=r.waiting,
                 free_kv_tokens=r.free_kv_tokens,
                 restarts=c.restarts.get(r.id, 0),
-                stages=tuple(Stage(name=k, seconds=v) for k, v in c.local.stages(r.id).items()),
+                kv_tokens=about.description.kv_tokens if about.description else None,
+                stages=tuple(Stage(name=k, seconds=v) for k, v in about.stages.items()),
                 error=r.error,
             )
         )
@@ -102,6 +103,7 @@ def deployments(c: Control) -> tuple[DeploymentStatus, ...]:
     for d in c.deployments:
         m = c.settings.models[d.model]
         mine = [r for r in c.replicas if r.deployment == d.model]
+        traits = next((t for r in mine if (t := c.local.about(r.id).description)), None)
         out.append(
             DeploymentStatus(
                 model=d.model,
@@ -109,6 +111,8 @@ def deployments(c: Control) -> tuple[DeploymentStatus, ...]:
                 revision=d.stable.id,
                 engine=d.stable.engine,
                 source=c.sources.get(d.model, "") or (m.source or ""),
+                context_tokens=traits.context_tokens if traits else None,
+                precision=traits.precision if traits else "",
                 scale=d.scale,
                 slo=d.slo,
                 ready=sum(r.state == "ready" for r in mine),

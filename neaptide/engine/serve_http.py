@@ -183,6 +183,11 @@ class Pages:
     async def stages(self, request: Request) -> Response:
         return _json(self._stages)
 
+    async def about(self, request: Request) -> Response:
+        """What control shows of a replica: its start, what it can do, how busy it is."""
+        service = self._service
+        return _json({"stages": self._stages, "description": service.description, "load": service.load()})
+
 
 def application(service: Service, stages: dict[str, float]) -> Starlette:
     """`stages`: seconds of each start-up stage; filled while the replica starts."""
@@ -197,6 +202,7 @@ def application(service: Service, stages: dict[str, float]) -> Starlette:
         Route("/v1/models", pages.models),
         Route("/version", pages.version),
         Route("/stages", pages.stages),
+        Route("/about", pages.about),
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: _http_exception})
 

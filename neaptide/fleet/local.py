@@ -19,6 +19,7 @@ from neaptide.fleet.probe import get
 from neaptide.fleet.process import ChildSpec, ChildStatus
 from neaptide.fleet.rpc import Client
 from neaptide.fleet.state import StateDir
+from neaptide.link import LoadReport
 from neaptide.specs import ReplicaSpec
 from neaptide.table import ReplicaRow
 from neaptide.types import Deployment, Launch, Replica, ReplicaState
@@ -30,6 +31,24 @@ SILENT_PROBES = 5  # then it is killed: alive by pid, dead to the world
 MakeSpec = Callable[[Launch, Deployment], ReplicaSpec]
 
 
+class Traits(msgspec.Struct):
+    """The part of an engine's description that people are shown."""
+
+    context_tokens: int = 0
+    kv_tokens: int = 0
+    max_running: int = 0
+    chunk_tokens: int = 0
+    precision: str = ""
+
+
+class About(msgspec.Struct):
+    """What a replica tells of itself; `stages` in seconds."""
+
+    stages: dict[str, float] = {}
+    description: Traits | None = None
+    load: LoadReport | None = None
+
+
 class Watched:
     """One replica process as this driver knows it."""
 
@@ -37,7 +56,7 @@ class Watched:
         self.status = status
         self.state: ReplicaState = "starting"
         self.ready_s = 0.0  # from process start to ready
-        self.stages: dict[str, float] = {}
+        self.about = About()
         self.error = ""
         self.silent = 0
         self.probe: asyncio.Task[None] | None = None
@@ -118,9 +137,10 @@ class LocalDriver:
     def rows(self) -> Mapping[str, ReplicaRow]:
         return {w.id: self._row(w) for w in self._watched.values() if w.state in ("ready", "draining")}
 
-    def stages(self, id: str) -> dict[str, float]:
+    def about(self, id: str) -> About:
+        """What the replica told of itself last; empty for one that is not known."""
         watched = self._watched.get(id)
-        return watched.stages if watched else {}
+        return watched.about if watched else About()
 
     def ready(self) -> list[Watched]:
         return [w for w in self._watched.values() if w.state == "ready"]
@@ -155,6 +175,7 @@ class LocalDriver:
                 await self._became_ready(w, path)
             elif w.state == "ready":
                 w.silent = 0 if status == 200 else w.silent + 1
+                await self._ask_about(w, path)
                 if w.silent >= SILENT_PROBES:
                     w.error = f"no answer to {SILENT_PROBES} health checks"
                     await self._kill(w)
@@ -162,12 +183,16 @@ class LocalDriver:
 
     async def _became_ready(self, w: Watched, path: Path) -> None:
         w.ready_s = mono_s() - w.status.started_mono_s
-        status, body = await get(path, "/stages")
-        if status == 200:
-            with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
-                w.stages = msgspec.json.decode(body, type=dict[str, float])
+        await self._ask_about(w, path)
         w.state = "ready"
         self._on_change()
+
+    async def _ask_about(self, w: Watched, path: Path) -> None:
+        """Take what it tells of itself; one that tells nothing keeps what it told last."""
+        status, body = await get(path, "/about")
+        if status == 200:
+            with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
+                w.about = msgspec.json.decode(body, type=About)
 
     async def _kill(self, w: Watched) -> None:
         with contextlib.suppress(NeaptideError):
@@ -200,6 +225,9 @@ class LocalDriver:
             endpoint=f"link:{self.link_path(w.id)}",
             epoch=w.status.epoch,
             started_s=w.status.started_mono_s,
+            running=w.about.load.running if w.about.load else 0,
+            waiting=w.about.load.waiting if w.about.load else 0,
+            free_kv_tokens=w.about.load.free_kv_tokens if w.about.load else None,
             error=w.error,
         )
 
