@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,9 +19,9 @@ from neaptide.control import backup as archive
 from neaptide.control import port
 from neaptide.control.keys import KeyInfo, KeyStore
 from neaptide.cost.intake import Intake
-from neaptide.cost.ledger import By, Ledger, Receipt, Total, UsageFilter, open_ledger
+from neaptide.cost.ledger import Ledger, Receipt, Total, UsageFilter, open_ledger
 from neaptide.cost.prices import rates
-from neaptide.errors import ConfigError, StorageError
+from neaptide.errors import StorageError
 from neaptide.fleet.local import LocalDriver
 from neaptide.fleet.state import StateDir
 from neaptide.fleet.tally import ask
@@ -172,11 +171,8 @@ class Books:
         )
 
     async def totals(self, where: port.UsageFilter, by: port.GroupBy) -> port.UsageTotals:
-        group = _totals_by(where, by)
         await self._pull()
-        found = await self._call(
-            lambda: self._open_ledger().totals(group, since_day=_day(where.since_s), until_day=_day(where.until_s))
-        )
+        found = await self._call(lambda: self._open_ledger().totals(by, _filter(where)))
         rows = sorted(found, key=lambda t: (-t.amount_nanos, -t.requests))
         return port.UsageTotals(
             by=by, currency=self.settings.currency, rows=tuple(map(_total, rows[:1000])), total=_sum(found)
@@ -234,23 +230,6 @@ def _filter(where: port.UsageFilter) -> UsageFilter:
 
 def _row(receipt: Receipt) -> port.UsageRow:
     return port.UsageRow(usage=receipt.usage, amount_nanos=receipt.amount_nanos)
-
-
-def _totals_by(where: port.UsageFilter, by: port.GroupBy) -> By:
-    """Totals come from daily sums: they are cut by day, not by another field."""
-    if by == "outcome":
-        raise ConfigError("totals by outcome", why="every total tells its outcomes", fix="--by model", code="E602")
-    if any((where.model, where.key, where.tenant, where.project, where.outcome)):
-        raise ConfigError(
-            "totals with a filter", why="they are daily sums", fix="group --by the field, or list rows", code="E602"
-        )
-    return by
-
-
-def _day(wall_s: float | None) -> str:
-    if wall_s is None:
-        return ""
-    return datetime.datetime.fromtimestamp(wall_s, datetime.UTC).date().isoformat()
 
 
 def _total(total: Total) -> port.UsageTotal:
