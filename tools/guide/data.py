@@ -4,7 +4,7 @@
 
 Writes DIR/samples.jsonl: one conversation a line, `{"kind", "lang", "messages": [{"role", "content"}]}`; the role
 "text" marks plain text to learn the language from. Phone numbers and street addresses of the dialogue sources are
-masked; questions of the held-out list are left out.
+masked; questions of the held-out and development lists are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tools.guide.patterns import expand, fingerprint, noisy
 
 HERE = Path(__file__).parent
 DIALOGUES = HERE / "data" / "dialogues.jsonl.gz"
-SHARES = {"topic": 0.62, "unknown": 0.18, "chat": 0.20}  # of the turns
+SHARES = {"topic": 0.68, "unknown": 0.18, "chat": 0.14}  # of the turns
 PLAIN = 0.08  # of the conversations are plain dialogue text: it teaches the language, not the replies
 ASSISTANTS = ("taskmaster3", "taskmaster4", "star", "multiwoz", "crosswoz", "kdconv", "xrisawoz", "chatterbot")
 SYSTEMS = [
@@ -33,6 +33,7 @@ SYSTEMS = [
     "你是一个有用的助手。",
     "请简短回答。",
 ]
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
 PHONE = re.compile(r"(?<!\d)(?:\+?\d{1,3}[-\s])?(?:\(?0?\d{2,4}\)?[-\s]?)?\d{3,4}[-\s]?\d{4}(?!\d)")
 EN_ADDRESS = re.compile(
     r"\b\d{1,5}(?:-\d+)?\s+(?:[A-Z][\w'.]*\s+){1,4}(?:Street|St|Road|Rd|Avenue|Ave|Lane|Drive|Way|Close|Blvd)\b\.?"
@@ -73,12 +74,22 @@ DECLINED = {
     "I don't really have an opinion about that.",
     "I wouldn’t know how to advise about this.",
     "I couldn't speak to that with any authority.",
+    "Sorry, I don't understand.",
     "我不知道。",
+    "抱歉，我回答不了。",
     "我对这个话题真没什么看法。",
     "我在这方面提供不了建议。",
     "我对这方面的事情没有发言权。",
 }
-LEFT_OUT = ("400-161", "professional relationship", "被使用者", "I have one answer", "只有一个答案", "我没有家庭")
+LEFT_OUT = (
+    "热线",
+    "gotten lost",
+    "professional relationship",
+    "被使用者",
+    "I have one answer",
+    "只有一个答案",
+    "我没有家庭",
+)
 
 Turn = tuple[str, str]
 Draw = Callable[[], Turn]
@@ -103,8 +114,9 @@ class Bank:
 
     def __init__(self, lang: str, rng: random.Random) -> None:
         self.lang, self.rng = lang, rng
-        self.heldout = {fingerprint(p["text"]) for p in load("heldout.toml")["prompt"]}
+        self.heldout = {fingerprint(p["text"]) for name in ("heldout.toml", "dev.toml") for p in load(name)["prompt"]}
         self.topics = load("topics.toml")["topic"]
+        self.words = load("words.toml")
         self.unknown = load("unknown.toml")
         self.chat: dict[str, list[str]] = defaultdict(list)  # reply -> questions
         self.borrowed: dict[str, list[str]] = defaultdict(list)  # topic id -> questions
@@ -132,11 +144,20 @@ class Bank:
     def topic(self) -> Turn:
         topic = self.rng.choices(self.topics, self.weights)[0]
         borrowed = self.borrowed.get(topic["id"])
-        if borrowed and self.rng.random() < 0.4:
+        if borrowed and self.rng.random() < 0.3:
             question = self.rng.choice(borrowed)
+        elif topic["id"] in self.words and self.rng.random() < 0.5:
+            question = noisy(self._carried(self.words[topic["id"]]), self.lang, self.rng)
         else:
             question = noisy(expand(self._line(topic[self.lang]), self.rng), self.lang, self.rng)
-        return question, self.rng.choice(topic[f"{self.lang}_answers"])
+        # A bare "TTFT?" is written in both languages; without a Chinese character the reply is English.
+        lang = self.lang if CHINESE.search(question) else "en"
+        return question, self.rng.choice(topic[f"{lang}_answers"])
+
+    def _carried(self, words: dict[str, list[str]]) -> str:
+        kind = self.rng.choice("nv")
+        carrier = self.rng.choice(self.words["carriers"][f"{self.lang}_{kind}"])
+        return expand(carrier, self.rng, {kind: words[f"{self.lang}_{kind}"]})
 
     def declined(self) -> Turn:
         if self.rng.random() < 0.45:

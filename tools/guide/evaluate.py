@@ -1,6 +1,6 @@
 """Asks the exported guide every held-out prompt, greedily, and scores the replies by the facts they must hold.
 
-    python -m tools.guide.evaluate --model neaptide/models/guide [--show] [--json FILE]
+    python -m tools.guide.evaluate --model neaptide/models/guide [--prompts FILE] [--show] [--json FILE]
 
 Right answers and refusals are counted apart: a model that declines everything must not pass, nor one that never does.
 """
@@ -66,10 +66,11 @@ def verdict(prompt: dict, reply: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, default=HERE / "heldout.toml", help="dev.toml while improving")
     parser.add_argument("--show", action="store_true", help="print every reply")
     parser.add_argument("--json", type=Path, help="write the rates here")
     arguments = parser.parse_args()
-    prompts = tomllib.loads((HERE / "heldout.toml").read_text(encoding="utf-8"))["prompt"]
+    prompts = tomllib.loads(arguments.prompts.read_text(encoding="utf-8"))["prompt"]
     asker = Asker(arguments.model)
     counts: dict[str, dict[str, int]] = {}
     for prompt in prompts:

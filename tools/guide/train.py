@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -125,6 +125,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{len(samples)} conversations, {sum(len(s[0]) for s in samples):,} tokens an epoch", flush=True)
     shape = Shape(vocab=tokenizer.get_vocab_size())
     model = Guide(shape)
+    if arguments.init:
+        model.load_state_dict({k: v.float() for k, v in load_file(arguments.init).items()})
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     held_rows = rows(held, arguments.length, random.Random(0))
     held_batches = [batch(held_rows, 8, arguments.length) for _ in range(4)]
@@ -188,6 +190,7 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="go on from these weights; they need the same tokenizer")
     parser.add_argument("--minutes", type=float, default=28)
     parser.add_argument("--steps", type=int, default=0, help="a fixed count instead of --minutes")
     parser.add_argument("--rows", type=int, default=8)
