@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,3 +245,51 @@ def test_a_grammar_that_describe_does_not_offer_is_refused(engine: Engine) -> No
 def test_more_tokens_than_the_context_leaves_are_cut_to_what_it_leaves(engine: Engine) -> None:
     answer = ask(engine, prompt(CONTEXT - 20), max_tokens=10_000)
     assert (len(answer.ids), answer.finish) == (20, "length")
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 1e-40},
+        {"temperature": 1e30},
+        {"temperature": 1.0, "top_p": 1e-30},
+        {"temperature": 1.0, "top_k": 1 << 62},
+        {"temperature": 1.0, "seed": -(1 << 70)},
+        {"presence_penalty": 2.0, "frequency_penalty": -2.0, "repetition_penalty": 1e30},
+        {"min_tokens": 1 << 40},
+        {"max_tokens": 0},
+        {"stop_token_ids": (1 << 29,)},
+    ],
+    ids=str,
+)
+def test_extreme_sampling_is_served_or_refused_and_never_ends_the_engine(
+    engine: Engine, extreme: dict[str, object]
+) -> None:
+    try:
+        assert ask(engine, prompt(20), **extreme).finish == "length"
+    except ValueError:
+        assert not engine.busy()
+    assert len(ask(engine, prompt(20)).ids) == 8
+
+
+def test_a_storm_of_shared_prefixes_and_aborts_loses_nobody_and_no_block(engine: Engine) -> None:
+    dice, answers, asked, aborted = random.Random(7), dict[int, Answer](), dict[int, int](), set[int]()
+    for _ in range(250):
+        if dice.random() < 0.6:
+            start = prompt(dice.choice((40, 64, 100, 170)), salt=dice.randrange(3))
+            wanted = dice.randrange(1, 40)
+            id = add(engine, start + prompt(dice.randrange(1, 50), salt=dice.randrange(9)), max_tokens=wanted)
+            asked[id] = wanted
+        if asked and dice.random() < 0.3:
+            id = dice.choice(list(asked))
+            if not answers.get(id, Answer()).finish:
+                aborted.add(id)
+            engine.abort(id)
+        if engine.busy():
+            collect(engine, answers)
+    while engine.busy():
+        collect(engine, answers)
+    for id, wanted in asked.items():
+        assert (answers[id].finish == "abort") == (id in aborted)
+        assert id in aborted or (len(answers[id].ids), answers[id].finish) == (wanted, "length")
+    assert (engine.free().free_kv_tokens, engine.free().running) == (engine.describe().kv_tokens, 0)

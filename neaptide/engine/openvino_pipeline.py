@@ -35,6 +35,7 @@ UNDERSTOOD = (
 )  # fmt: skip
 MAX_RUNNING = 64
 KV_SHARE = 4  # at most 1/4 of free memory for KV, unless kv_mib says otherwise
+GREEDY_BELOW = 1e-5  # colder, the softmax overflows and the answer is noise
 RUNNING = genai.GenerationStatus.RUNNING
 PRECISIONS = (None, "f32", "bf16", "f16")
 
@@ -122,7 +123,7 @@ def generation_config(sampling: Sampling, max_new_tokens: int, begun: int, eos_i
         config.eos_token_id = next(iter(stops))  # unset, the library would add the model's own
     else:
         config.ignore_eos = True
-    config.do_sample = sampling.temperature > 0
+    config.do_sample = sampling.temperature > GREEDY_BELOW
     if config.do_sample:
         config.temperature = sampling.temperature
         config.top_p = sampling.top_p
