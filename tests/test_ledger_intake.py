@@ -14,7 +14,7 @@ from neaptide.clock import VirtualClock
 from neaptide.cost.intake import Intake, lost
 from neaptide.cost.ledger import Ledger, open_ledger
 from neaptide.errors import StorageError
-from neaptide.journal import MAX_RECORD, Journal, encode, segments
+from neaptide.journal import MAX_RECORD, Journal, Located, encode, segments
 from neaptide.journal.reader import segment_path
 from neaptide.link import TallyRow
 from neaptide.types import Attempt, Begin, Usage
@@ -221,10 +221,29 @@ def test_a_dead_journal_stays_until_its_open_requests_are_closed(
     intake.pull()
     intake.remove_taken(7)
     assert list(intake.dead()) == ["gateway-0-1"]
+    intake = Intake(ledger, root, clock)
+    assert list(intake.dead()) == ["gateway-0-1"]
     assert intake.close_dead("gateway-0-1", {}) == 1
+    intake.pull()
     intake.remove_taken(7)
     assert not directory.exists()
     assert outcomes(ledger) == {"r1": "lost"}
+
+
+def test_a_journal_older_than_its_ledger_has_its_open_requests_closed(
+    ledger: Ledger, root: Path, clock: VirtualClock
+) -> None:
+    """As after restoring a backup: the journal is copied before the ledger, which may have read further."""
+    directory = root / "gateway-0-1"
+    directory.mkdir()
+    segment_path(directory, 1).write_bytes(encode(Usage(request_id="r0")))
+    ledger.take("gateway-0-1", 3, [Located(0, 9, Begin(request_id="r1"))], 9)
+    ledger.take("gone-1", 1, [Located(0, 9, Begin(request_id="r2"))], 9)
+    intake = Intake(ledger, root, clock)
+    assert sorted(intake.dead()) == ["gateway-0-1", "gone-1"]
+    for name in ("gateway-0-1", "gone-1"):
+        assert intake.close_dead(name, {}) == 1
+    assert outcomes(ledger) == {"r1": "lost", "r2": "lost"}
 
 
 def test_a_lost_row_keeps_what_the_begin_knew() -> None:

@@ -13,10 +13,9 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 import msgspec
-import sqlalchemy as sa
 
 from neaptide.clock import Clock
-from neaptide.cost import schema
+from neaptide.cost.accounts import Accounts, KeyRecord
 from neaptide.cost.ledger import Ledger
 from neaptide.errors import RequestError, StorageError
 from neaptide.table import KeyRow
@@ -25,6 +24,7 @@ from neaptide.types import Priority
 PREFIX = "sk-"
 PEPPER_BYTES = 32
 MAX_NAME = 128
+MAX_MODELS = 128
 MAX_KEY = 256
 KEY = re.compile(rf"[\x21-\x7e]{{16,{MAX_KEY}}}")  # what a header can carry; short ones could be guessed
 PRIORITIES = ("low", "normal", "high")
@@ -60,7 +60,7 @@ def digest(key: str, pepper: str) -> str:
 
 class KeyStore:
     """Keys in the ledger. `pepper` is the hex text of the state directory's file; StorageError when it is not the one
-    that the ledger's keys were hashed with."""
+    that the ledger's keys were hashed with: every key would be refused without a reason."""
 
     def __init__(self, ledger: Ledger, pepper: str, clock: Clock) -> None:
         if not re.fullmatch(rf"[0-9a-f]{{{2 * PEPPER_BYTES}}}", pepper):
@@ -69,8 +69,15 @@ class KeyStore:
                 fix="restore it from a backup",
                 code="E532",
             )
-        self._ledger, self._pepper, self._clock = ledger, pepper, clock
-        self._check_pepper()
+        self._accounts, self._pepper, self._clock = Accounts(ledger.database), pepper, clock
+        mine = digest("pepper", pepper)
+        if not hmac.compare_digest(self._accounts.fact("pepper_check", mine), mine):
+            raise StorageError(
+                "the pepper in the state directory is not the one that the ledger's keys were hashed with",
+                why="every API key would be refused",
+                fix="restore the file pepper that belongs to this ledger",
+                code="E533",
+            )
 
     def create(
         self,
@@ -85,131 +92,77 @@ class KeyStore:
         """A new key. `priority` is the highest class it may ask for, `models` what it may use (empty: all).
         RequestError 400 for an unknown project, priority or an over-long name."""
         secret = PREFIX + secrets.token_urlsafe(32)
-        return self._add(secret, name, tenant, team, project, priority, models)
+        return NewKey(secret, self._add(secret, name, tenant, team, project, priority, models))
 
     def adopt(self, secret: str, name: str, *, priority: Priority = "high") -> KeyInfo:
         """The given key as one of the default project; the same call again changes nothing. A key that was revoked
         stays revoked. RequestError 400 for what cannot be a key."""
         if not KEY.fullmatch(secret):
             raise RequestError(400, f"A key is 16 to {MAX_KEY} visible ASCII characters.", slug="invalid_key")
-        found = self._by_digest(digest(secret, self._pepper))
-        return found or self._add(secret, name, "default", "default", "default", priority, ()).info
+        found = self._accounts.key_by_digest(digest(secret, self._pepper))
+        if found is not None:
+            return _info(found)
+        return self._add(secret, name, "default", "default", "default", priority, ())
 
     def list(self) -> tuple[KeyInfo, ...]:
         """All keys, the revoked too, oldest first."""
-        table = schema.keys
-        with self._ledger.database.read() as connection:
-            rows = connection.execute(sa.select(table).order_by(table.c.created_s, table.c.id))
-            return tuple(_info(row) for row in rows)
+        return tuple(map(_info, self._accounts.all_keys()))
 
     def revoke(self, key_id: str) -> KeyInfo:
         """Disables a key for good; a second time changes nothing. RequestError 404 where there is none."""
-        table = schema.keys
-        with self._ledger.database.write() as connection:
-            connection.execute(
-                table.update()
-                .where(table.c.id == key_id, table.c.disabled.is_(False))
-                .values(disabled=True, disabled_s=self._clock.wall_s())
-            )
-            row = connection.execute(sa.select(table).where(table.c.id == key_id)).one_or_none()
-        if row is None:
+        found = self._accounts.disable(key_id, self._clock.wall_s())
+        if found is None:
             raise RequestError(404, f"There is no key {key_id!r}.", slug="key_not_found", param="id")
-        return _info(row)
+        return _info(found)
 
     def rows(self) -> tuple[KeyRow, ...]:
         """For the table that gateways hold. Revoked keys are left out: to a gateway they do not exist."""
-        table = schema.keys
-        query = sa.select(table).where(table.c.disabled.is_(False)).order_by(table.c.id)
-        with self._ledger.database.read() as connection:
-            return tuple(_table_row(row) for row in connection.execute(query))
+        return tuple(_row(key) for key in self._accounts.all_keys() if not key.disabled)
 
     def _add(
         self, secret: str, name: str, tenant: str, team: str, project: str, priority: str, models: tuple[str, ...]
-    ) -> NewKey:
-        _checked(name, priority, (*models, tenant, team, project))
-        row = {
-            "id": "key_" + secrets.token_hex(8),
-            "digest": digest(secret, self._pepper),
-            "name": name,
-            "organisation_id": tenant,
-            "team_id": team,
-            "project_id": project,
-            "priority": priority,
-            "models": msgspec.json.encode(models).decode(),
-            "disabled": False,
-            "last_four": secret[-4:],
-            "created_s": self._clock.wall_s(),
-        }
-        with self._ledger.database.write() as connection:
-            _check_place(connection, tenant, team, project)
-            connection.execute(schema.keys.insert(), [row])
-            stored = connection.execute(sa.select(schema.keys).where(schema.keys.c.id == row["id"])).one()
-        return NewKey(secret, _info(stored))
-
-    def _by_digest(self, value: str) -> KeyInfo | None:
-        with self._ledger.database.read() as connection:
-            row = connection.execute(sa.select(schema.keys).where(schema.keys.c.digest == value)).one_or_none()
-        return None if row is None else _info(row)
-
-    def _check_pepper(self) -> None:
-        """A lost pepper would refuse every key without saying why."""
-        mine = digest("pepper", self._pepper)
-        column = schema.meta.c
-        with self._ledger.database.write() as connection:
-            self._ledger.database.insert_new(connection, schema.meta, [{"name": "pepper_check", "value": mine}])
-            kept = connection.scalar(sa.select(column.value).where(column.name == "pepper_check")) or ""
-        if not hmac.compare_digest(kept, mine):
-            raise StorageError(
-                "the pepper in the state directory is not the one that the ledger's keys were hashed with",
-                why="every API key would be refused",
-                fix="restore the file pepper that belongs to this ledger",
-                code="E533",
+    ) -> KeyInfo:
+        _check(name, priority, (*models, tenant, team, project))
+        key = KeyRecord(
+            id="key_" + secrets.token_hex(8),
+            digest=digest(secret, self._pepper),
+            name=name,
+            tenant=tenant,
+            team=team,
+            project=project,
+            priority=priority,
+            models=models,
+            last_four=secret[-4:],
+            created_s=self._clock.wall_s(),
+        )
+        if not self._accounts.add(key):
+            raise RequestError(
+                400, f"There is no project {project!r} of team {team!r} in organisation {tenant!r}.", param="project"
             )
+        return _info(key)
 
 
-def _checked(name: str, priority: str, models: tuple[str, ...]) -> None:
+def _check(name: str, priority: str, names: tuple[str, ...]) -> None:
     if len(name) > MAX_NAME or not name.isprintable():
         raise RequestError(400, f"A name is at most {MAX_NAME} printable characters.", param="name")
     if priority not in PRIORITIES:
         raise RequestError(400, f"priority is one of {', '.join(PRIORITIES)}, not {priority!r}.", param="priority")
-    if len(models) > MAX_NAME or any(len(m) > MAX_NAME or not m.isprintable() for m in models):
+    if len(names) > MAX_MODELS or any(len(m) > MAX_NAME or not m.isprintable() for m in names):
         raise RequestError(400, "models, tenant, team and project are short printable names.", param="models")
 
 
-def _check_place(connection: sa.Connection, tenant: str, team: str, project: str) -> None:
-    table = schema.projects.c
-    place = (table.id == project, table.organisation_id == tenant, table.team_id == team)
-    if connection.scalar(sa.select(table.id).where(*place)) is None:
-        raise RequestError(
-            400, f"There is no project {project!r} of team {team!r} in organisation {tenant!r}.", param="project"
-        )
+def _info(key: KeyRecord) -> KeyInfo:
+    shown = {name: getattr(key, name) for name in KeyInfo.__struct_fields__}
+    return KeyInfo(**shown)
 
 
-def _info(row: sa.Row[tuple[object, ...]]) -> KeyInfo:
-    fields = row._asdict()
-    return KeyInfo(
-        id=fields["id"],
-        name=fields["name"],
-        tenant=fields["organisation_id"],
-        team=fields["team_id"],
-        project=fields["project_id"],
-        priority=fields["priority"],
-        models=tuple(msgspec.json.decode(fields["models"], type=list[str])),
-        disabled=fields["disabled"],
-        last_four=fields["last_four"],
-        created_s=fields["created_s"],
-        disabled_s=fields["disabled_s"],
-    )
-
-
-def _table_row(row: sa.Row[tuple[object, ...]]) -> KeyRow:
-    info = _info(row)
+def _row(key: KeyRecord) -> KeyRow:
     return KeyRow(
-        id=info.id,
-        digest=row._asdict()["digest"],
-        name=info.name,
-        tenant=info.tenant,
-        project=info.project,
-        priority=info.priority,
-        models=info.models,
+        id=key.id,
+        digest=key.digest,
+        name=key.name,
+        tenant=key.tenant,
+        project=key.project,
+        priority=key.priority,
+        models=key.models,
     )

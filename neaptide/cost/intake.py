@@ -62,8 +62,8 @@ class Intake:
         """Open begins of the journals whose writer is dead, all of what it wrote taken: ask the replicas named in them
         for a TALLY, then close_dead()."""
         self.pull()
-        found = {name: self._ledger.open_begins(name) for name in sorted(self._drained)}
-        return {name: begins for name, begins in found.items() if begins}
+        names = [name for name in self._ledger.open_journals() if self._is_over(name)]
+        return {name: self._ledger.open_begins(name) for name in names}
 
     def close_dead(self, journal: str, tally: Mapping[str, TallyRow]) -> int:
         """Ends the open begins of a dead gateway's journal as `lost`, with the counts of the replicas that answered.
@@ -90,6 +90,11 @@ class Intake:
     def _journals(self) -> list[str]:
         return sorted(p.name for p in self._root.glob("*") if p.is_dir())
 
+    def _is_over(self, journal: str) -> bool:
+        """Nothing more will come from it: drained, or removed with its writer dead."""
+        directory = self._root / journal
+        return not writer_alive(directory) and (journal in self._drained or not segments(directory))
+
     def _position(self, journal: str) -> Position:
         if journal not in self._at:
             self._at[journal] = self._ledger.position(journal)
@@ -111,8 +116,8 @@ class Intake:
             finished = not alive or number != numbers[-1]
             part = self._pull_segment(journal, number, at.offset if number == at.segment else 0, finished)
             rows, begins, damage = rows + part.rows, begins + part.begins, damage + list(part.damage)
-        if not alive and numbers:
-            self._drained[journal] = numbers[-1]
+        if not alive:
+            self._drained[journal] = (numbers or there)[-1]
         return Pulled(rows, begins, tuple(damage))
 
     def _pull_segment(self, journal: str, number: int, offset: int, finished: bool) -> Pulled:
@@ -140,7 +145,8 @@ class Intake:
             if (drained or number < taken_to) and path.stat().st_mtime < before_wall_s:
                 path.unlink()
                 removed += 1
-        if drained and not segments(directory) and not self._ledger.open_begins(journal):
+        over = taken_to > 0 and self._is_over(journal)  # taken_to 0: a gateway that is just starting
+        if over and not segments(directory) and not self._ledger.open_begins(journal):
             for left in directory.iterdir():
                 left.unlink()  # its lock, and spares that a killed gateway left
             directory.rmdir()

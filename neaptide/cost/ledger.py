@@ -88,6 +88,12 @@ class Ledger:
         with self.database.read() as connection:
             return tuple(msgspec.json.decode(row, type=Begin) for row in connection.scalars(query))
 
+    def open_journals(self) -> tuple[str, ...]:
+        """Journals that have open begins, by name."""
+        column = schema.open_begins.c.journal
+        with self.database.read() as connection:
+            return tuple(connection.scalars(sa.select(column).distinct().order_by(column)))
+
     def close_begins(self, journal: str, usages: Iterable[Usage]) -> int:
         """Ends open begins with these rows; those that are not open (any more) are passed over. The rows added."""
         given = {u.request_id: u for u in usages}
