@@ -6,16 +6,19 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from neaptide.cli import client
 from neaptide.cli.draw import count, money, paint, span
 from neaptide.cli.session import Session, common
-from neaptide.cli.talk import Answer, Asked, Price, ask, models
+from neaptide.cli.talk import Answer, Asked, ask, models
 from neaptide.cli.words import language, say
 from neaptide.errors import ConfigError, NeaptideError
+
+if TYPE_CHECKING:
+    from neaptide.cost.prices import PriceList
 
 BUILT_IN = "guide"
 CHIPS = Path(__file__).parent.parent / "models" / "guide" / "chips.json"
@@ -103,8 +106,7 @@ class Conversation:
         self.session, self.place, self.how = session, place, how
         self._system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = list(self._system)
-        self._price: Price | None = None
-        self._priced_model = ""
+        self._prices: PriceList | None = None
 
     def once(self, text: str) -> None:
         """One question; the answer alone on stdout, the numbers on a terminal's stderr."""
@@ -195,31 +197,26 @@ class Conversation:
         """What was measured, in one line."""
         tokens = say("chat.tokens", prompt=count(a.prompt_tokens), output=count(a.output_tokens))
         parts = [f"TTFT {span(a.ttft_s)}", f"TPOT {span(a.tpot_s)}", tokens]
-        price = self.price()
-        amount = a.amount_nanos(price)
-        if price is not None and amount is not None:
-            parts.append(money(amount, price.currency))
+        amount, currency = self._cost(a)
+        if amount is not None:
+            parts.append(money(amount, currency))
         if not a.finish:
             parts.append(say("chat.aborted"))
         elif a.finish == "length":
             parts.append(say("chat.length"))
         return " · ".join(parts)
 
-    def price(self) -> Price | None:
-        """The model's price in the configuration in force; None elsewhere, or where it has none."""
-        if self.place.ours and self._priced_model != self.how.model:
-            self._priced_model = self.how.model
-            self._price = _price(self.session, self.how.model)
-        return self._price
+    def _cost(self, a: Answer) -> tuple[int | None, str]:
+        """(nano-units or None, currency), by the prices in force when the conversation began; elsewhere unknown."""
+        if not self.place.ours:
+            return None, ""
+        if self._prices is None:
+            self._prices = prices(self.session)
+        return cost_nanos(a, self.how.model, self._prices), self._prices.currency
 
     def _as_dict(self, a: Answer) -> dict[str, Any]:
-        price = self.price()
-        return {
-            "model": self.how.model,
-            **a._asdict(),
-            "amount_nanos": a.amount_nanos(price),
-            "currency": price.currency if price else None,
-        }
+        amount, currency = self._cost(a)
+        return {"model": self.how.model, **a._asdict(), "amount_nanos": amount, "currency": currency or None}
 
 
 def _show(piece: str) -> None:
@@ -227,16 +224,35 @@ def _show(piece: str) -> None:
     sys.stdout.flush()
 
 
-def _price(session: Session, model: str) -> Price | None:
+def prices(session: Session) -> PriceList:
+    """The prices in force; none when control does not tell: the answer is there, that is no reason to fail."""
+    import msgspec
+
+    from neaptide.config import Price
     from neaptide.control.port import ConfigView
+    from neaptide.cost.prices import NO_PRICES, PriceList, rates
 
     try:
         settings = client.admin(session.state, timeout_s=5.0).call("GET", "config", ConfigView).settings
-    except NeaptideError:  # the answer is there; that control does not tell its price is no reason to fail
+    except NeaptideError:
+        return NO_PRICES
+    told = msgspec.convert(settings.get("prices", {}), dict[str, Price])
+    return PriceList(0, 0.0, str(settings.get("currency", "")), rates(told))
+
+
+def cost_nanos(answer: Answer, model: str, book: PriceList) -> int | None:
+    """What the ledger will charge for it; None without a price or counts."""
+    from neaptide.cost.meter import charge
+    from neaptide.types import Usage
+
+    if answer.prompt_tokens is None or answer.output_tokens is None:
         return None
-    row = settings.get("prices", {}).get(model)
-    if row is None:
-        return None
-    prompt, output = float(row.get("prompt", 0.0)), float(row.get("output", 0.0))
-    cached = row.get("cached")
-    return Price(prompt, prompt if cached is None else float(cached), output, str(settings.get("currency", "")))
+    used = Usage(
+        request_id=answer.request_id,
+        model=model,
+        prompt_tokens=answer.prompt_tokens,
+        cached_tokens=answer.cached_tokens,
+        output_tokens=answer.output_tokens,
+    )
+    charged = charge(used, book)
+    return None if charged is None else charged.amount_nanos

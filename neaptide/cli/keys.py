@@ -26,8 +26,8 @@ def list_keys(session: Session) -> None:
     if session.as_json:
         session.encoded(found)
         return
-    headers = [say(f"keys.col.{c}") for c in ("id", "name", "tail", "tenant", "priority", "models", "made", "state")]
-    table("", headers, [_row(info) for info in found.rows])
+    columns = ("id", "name", "tail", "tenant", "priority", "models", "made", "state")
+    table("", [say(f"keys.col.{c}") for c in columns], [_row(info) for info in found.rows])
 
 
 def _row(k: KeyInfo) -> list[str]:

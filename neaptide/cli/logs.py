@@ -50,7 +50,7 @@ def logs(session: Session, follow: bool, last: int, model: str | None, status: s
     path = session.state / "log" / "access.jsonl"
     if not path.exists() and not follow:
         raise ConfigError(
-            f"{path} does not exist", why="nothing was served from here yet, or access_log is off", code="E109",
+            f"{path} does not exist", why="nothing was served from here yet, or access_log is off", code="E111",
             fix="neaptide up, or pass --state DIR",
         )  # fmt: skip
     tail = Tail(path)

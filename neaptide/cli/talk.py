@@ -23,15 +23,6 @@ class Asked(NamedTuple):
     temperature: float | None = None
 
 
-class Price(NamedTuple):
-    """Per 10^6 tokens."""
-
-    prompt: float
-    cached: float
-    output: float
-    currency: str
-
-
 class Answer(NamedTuple):
     text: str
     finish: str  # "" when it was cut short
@@ -42,14 +33,6 @@ class Answer(NamedTuple):
     tpot_s: float | None
     duration_s: float
     request_id: str
-
-    def amount_nanos(self, price: Price | None) -> int | None:
-        """What it costs at `price`, in nano-units; None without a price or counts."""
-        if price is None or self.prompt_tokens is None or self.output_tokens is None:
-            return None
-        fresh = self.prompt_tokens - self.cached_tokens
-        tokens = fresh * price.prompt + self.cached_tokens * price.cached + self.output_tokens * price.output
-        return round(tokens * 1000)  # per 10^6 tokens -> 10^-9 units
 
 
 def models(endpoint: Endpoint, key: str, timeout_s: float) -> list[str]:

@@ -55,7 +55,7 @@ def create(state: Path, out: Path | None = None) -> BackupReport:
     off the loop. StorageError when a file cannot be read or the disk is full; ConfigError where no state is."""
     began = mono_s()
     if not state.is_dir() or not any((state / name).exists() for name in (*KEPT, LEDGER)):
-        raise ConfigError(f"{state} is not a state directory", code="E109", fix="pass --state DIR")
+        raise ConfigError(f"{state} is not a state directory", code="E111", fix="pass --state DIR")
     target = out or state / "backup" / f"neaptide-{_stamp()}.tar.gz"
     if target.exists():
         raise StorageError(f"{target} exists already", code="E521", fix="choose another --out, or remove it")

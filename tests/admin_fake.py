@@ -1,0 +1,175 @@
+"""A ControlPort of plain memory and a server around the real admin app, for the tests of the admin API and the CLI."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import uvicorn
+
+from neaptide.config import parse
+from neaptide.control.admin import build_app
+from neaptide.control.port import (
+    ApplyReport,
+    BackupReport,
+    Change,
+    ConfigView,
+    CreatedKey,
+    Decision,
+    Decisions,
+    DeploymentStatus,
+    DiskStatus,
+    DownReport,
+    GatewayStatus,
+    GroupBy,
+    KeyInfo,
+    Keys,
+    LedgerStatus,
+    Models,
+    NewKey,
+    NotFoundError,
+    ProcessStatus,
+    ReplicaStatus,
+    Stage,
+    Status,
+    UsageFilter,
+    UsagePage,
+    UsageRow,
+    UsageTotal,
+    UsageTotals,
+)
+from neaptide.types import Scale, Usage
+
+TOKEN = "t" * 64
+
+
+class FakeControl:
+    """Answers from memory; `asked` notes what came."""
+
+    def __init__(self, state: Path, api_url: str = "http://127.0.0.1:9/v1") -> None:
+        self.state, self.api_url, self.admin_url = state, api_url, ""
+        self.text = "models: {guide: {}}\n"
+        self.prices: dict[str, dict[str, float | None]] = {"guide": {"prompt": 1.0, "cached": 0.5, "output": 2.0}}
+        self.held = [KeyInfo(id="k1", name="default", tail="abcd", created_wall_s=1_760_000_000.0)]
+        self.asked: list[object] = []
+        self.broken: Exception | None = None
+
+    async def status(self) -> Status:
+        if self.broken is not None:
+            raise self.broken
+        return Status(
+            version="0.1.0", ready=True, now_wall_s=1_760_000_100.0, started_wall_s=1_760_000_000.0,
+            api_url=self.api_url, admin_url=self.admin_url, fast=7, slow=3,
+            processes=(ProcessStatus(role="control", id="control", pid=41, rss_bytes=50 << 20),),
+            deployments=(await self.models()).rows,
+            replicas=(
+                ReplicaStatus(
+                    id="guide-0", deployment="guide", revision="guide-1a2b", state="ready", epoch=2, pid=43,
+                    running=1, free_kv_tokens=900, kv_tokens=1000,
+                    stages=(Stage(name="spawn", seconds=0.12), Stage(name="load", seconds=1.5)),
+                ),
+            ),
+            gateways=(GatewayStatus(id="gateway-0", pid=42, epoch=1, connected=True, heard_s=0.1, connections=5,
+                                    in_flight=1, fast=7, slow=3),),
+            ledger=LedgerStatus(url="sqlite:///ledger.db", lag_bytes=2048, lag_s=0.2),
+            disks=(DiskStatus(path=str(self.state), free_bytes=10 << 30, total_bytes=100 << 30),),
+        )  # fmt: skip
+
+    async def apply(self, text: str, dry_run: bool) -> ApplyReport:
+        self.asked.append(("apply", text, dry_run))
+        new = set(parse(text, "neaptide.yaml").models)
+        old = set(parse(self.text, "neaptide.yaml").models)
+        if not dry_run:
+            self.text = text
+        changes = (Change(key="models.small.scale.max", old="1", new="4"),) if new != old else ()
+        return ApplyReport(
+            dry_run=dry_run, added=tuple(sorted(new - old)), removed=tuple(sorted(old - new)),
+            unchanged=tuple(sorted(new & old)), changes=changes,
+        )  # fmt: skip
+
+    async def config(self) -> ConfigView:
+        return ConfigView(path="", text=self.text, settings={"currency": "CNY", "prices": self.prices})
+
+    async def decisions(self, limit: int) -> Decisions:
+        rows = [Decision(wall_s=float(i), reasons=(f"reason {i}",)) for i in range(5, 0, -1)]
+        return Decisions(rows=tuple(rows[:limit]))
+
+    async def models(self) -> Models:
+        remote = DeploymentStatus(model="mock", aliases=("gpt-4o-mini",), ready=1)
+        own = DeploymentStatus(
+            model="guide", revision="guide-1a2b", engine="openvino", precision="int8", context_tokens=4096,
+            scale=Scale(min=1, max=2), ready=1, running=1,
+        )  # fmt: skip
+        return Models(rows=(own, remote))
+
+    async def keys(self) -> Keys:
+        return Keys(rows=tuple(self.held))
+
+    async def create_key(self, new: NewKey) -> CreatedKey:
+        self.asked.append(new)
+        info = KeyInfo(id=f"k{len(self.held) + 1}", tail="wxyz", **msgspec.structs.asdict(new))
+        self.held.append(info)
+        return CreatedKey(key="sk-neap-secretwxyz", info=info)
+
+    async def revoke_key(self, key_id: str) -> KeyInfo:
+        for i, info in enumerate(self.held):
+            if info.id == key_id:
+                self.held[i] = msgspec.structs.replace(info, disabled=True)
+                return self.held[i]
+        raise NotFoundError(f"no key {key_id!r}", fix="neaptide keys list")
+
+    async def usage(self, where: UsageFilter, cursor: str | None, limit: int) -> UsagePage:
+        self.asked.append((where, cursor, limit))
+        first = int(cursor or 0)
+        rows = [
+            UsageRow(usage=Usage(request_id=f"r{i}", model="guide", output_tokens=i), amount_nanos=i * 1000)
+            for i in range(first, min(first + limit, 7))
+        ]
+        return UsagePage(rows=tuple(rows), next=str(first + limit) if first + limit < 7 else None, currency="CNY")
+
+    async def usage_totals(self, where: UsageFilter, by: GroupBy) -> UsageTotals:
+        self.asked.append((where, by))
+        row = UsageTotal(group="guide", requests=3, ok=2, aborted=1, output_tokens=1234, amount_nanos=5_000_000)
+        return UsageTotals(by=by, currency="CNY", rows=(row,), total=msgspec.structs.replace(row, group=""))
+
+    async def backup(self) -> BackupReport:
+        return BackupReport(path="/b.tar.gz", bytes=1, files=1, sha256="0" * 64, duration_s=0.1)
+
+    async def down(self, grace_s: float) -> DownReport:
+        self.asked.append(("down", grace_s))
+        return DownReport(accepted=True, grace_s=grace_s)
+
+
+@contextlib.contextmanager
+def admin_server(control: FakeControl) -> Iterator[str]:
+    """The base URL of the real app on a free port; its state directory's files point to it."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    control.admin_url = url
+    app = build_app(control, TOKEN)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
+    thread.start()
+    write_state(control.state, control.api_url, url)
+    try:
+        yield url
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+
+
+def write_state(state: Path, api: str, admin: str) -> None:
+    """What `neaptide up` leaves for the CLI."""
+    (state / "run").mkdir(parents=True, exist_ok=True)
+    state.chmod(0o700)
+    (state / "run" / "up.json").write_bytes(msgspec.json.encode({"api": api, "admin": admin, "pids": {}}))
+    for name, secret in (("admin-token", TOKEN), ("key", "sk-test-key")):
+        path = state / name
+        path.touch(mode=0o600)
+        path.write_text(secret + "\n", encoding="ascii")
