@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 
@@ -19,6 +20,13 @@ def lines(text: str) -> Iterator[str]:
             words = words[1:]  # NAME=value before the command
         if words and words[0].rsplit("/", 1)[-1] == "neaptide" and len(words) > 1:
             yield " ".join(["neaptide", *words[1:]])
+
+
+def inline(text: str) -> Iterator[str]:
+    """`neaptide ...` in running text. What stands for something the reader puts in is left out: DIR, NAME ..."""
+    for span in re.findall(r"(?<!`)`(neaptide [^`\n]+)`(?!`)", text):
+        words = span.split()
+        yield " ".join(word for word in words if not (len(word) > 1 and word.isupper()) and word != "...")
 
 
 def complaint(line: str) -> str:
