@@ -6,6 +6,7 @@ environment. A Toolchain is what convert() calls; tests hand it another one.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import os
@@ -26,6 +27,8 @@ REQUIREMENTS = Path(__file__).parent / "convert-requirements.txt"
 # PyPI's torch for Linux carries CUDA; this index adds the CPU build, which pip prefers (2.13.0+cpu > 2.13.0).
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 LAST_LINES = 15
+PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",  # the source is a directory; nothing is looked up
     "TRANSFORMERS_OFFLINE": "1",
@@ -33,6 +36,7 @@ SETTINGS = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
+    "PYTHONWARNINGS": "ignore",  # the tracer's warnings are many and not the user's to act on
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
 }
 
@@ -112,6 +116,7 @@ def run(argv: Sequence[str], report: Report) -> tuple[int, str]:
         errors="replace",
         env={**os.environ, **SETTINGS},
         start_new_session=True,
+        preexec_fn=_end_with_parent,  # a conversion has one thread here; nothing else may run between fork and exec
     )
     last: deque[str] = deque(maxlen=LAST_LINES)
     output = process.stdout or ()  # never absent: it is a pipe
@@ -127,6 +132,12 @@ def run(argv: Sequence[str], report: Report) -> tuple[int, str]:
     finally:
         if process.stdout is not None:
             process.stdout.close()
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when its parent is gone, even by SIGKILL, so that no export runs on alone (Linux)."""
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
