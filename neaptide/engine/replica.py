@@ -77,6 +77,7 @@ class Replica:
             sockets.append(_unix_socket(spec.http_path))
         if spec.http_host:
             sockets.append(_tcp_socket(spec.http_host, spec.http_port))
+            self._log.info("listening", host=spec.http_host, port=sockets[-1].getsockname()[1])
         http = serve_http.server(serve_http.application(self._service, self._stages))
         self._serving = asyncio.create_task(http.serve(sockets=sockets)) if sockets else None
         link_server = None
@@ -183,7 +184,8 @@ class Replica:
             await self._serving
         self._service.stop()
         if self._engine is not None:
-            code = await self._engine.close(ENGINE_EXIT_S)
+            ready = self._service.description is not None  # before that it loads and hears nothing
+            code = await self._engine.close(ENGINE_EXIT_S if ready else 0.0)
             self._log.info("engine ended", code=code)
         _unlink([self._spec.link_path, self._spec.http_path])
 
