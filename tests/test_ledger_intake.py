@@ -47,11 +47,11 @@ def outcomes(ledger: Ledger) -> dict[str, str]:
 
 
 def test_an_empty_or_absent_root_has_nothing_to_take(ledger: Ledger, root: Path, clock: VirtualClock) -> None:
-    assert Intake(ledger, root, clock).pull() == (0, 0, ())
-    assert Intake(ledger, root / "none", clock).pull() == (0, 0, ())
+    assert Intake(ledger, root, clock).pull() == (0, 0, (), False)
+    assert Intake(ledger, root / "none", clock).pull() == (0, 0, (), False)
     (root / "gateway-0-1").mkdir()
     intake = Intake(ledger, root, clock)
-    assert intake.pull() == (0, 0, ())  # a gateway that is just starting is not taken for a dead one
+    assert intake.pull() == (0, 0, (), False)  # a gateway that is just starting is not taken for a dead one
     assert intake.dead() == {}
 
 
@@ -152,7 +152,7 @@ def test_damage_is_passed_over_reported_and_costs_only_what_it_hit(
         ("gateway-0-1", 1, len(lines[0]) * 2),
         ("gateway-0-1", 1, sum(map(len, lines[:5]))),
     ]
-    assert Intake(ledger, root, clock).pull() == (0, 0, ())
+    assert Intake(ledger, root, clock).pull() == (0, 0, (), False)
 
 
 def test_a_ledger_that_fails_loses_nothing(ledger: Ledger, root: Path, clock: VirtualClock, tmp_path: Path) -> None:
@@ -172,6 +172,18 @@ def test_a_ledger_that_fails_loses_nothing(ledger: Ledger, root: Path, clock: Vi
         connection.exec_driver_sql("DROP TRIGGER refuse")
     assert intake.pull().rows == 1500
     assert ledger.count() == 2500
+
+
+def test_a_pull_is_bounded_and_goes_on_where_it_stopped(ledger: Ledger, root: Path, clock: VirtualClock) -> None:
+    for name in ("gateway-0-1", "gateway-0-2"):
+        (root / name).mkdir()
+        lines = [encode(Usage(request_id=f"{name}-{i:04}")) for i in range(2500)]
+        segment_path(root / name, 1).write_bytes(b"".join(lines))
+    intake = Intake(ledger, root, clock)
+    assert intake.pull(1500) == (2000, 0, (), True)
+    assert intake.dead() == {}  # it takes all first
+    assert ledger.count() == 5000
+    assert intake.pull(1500) == (0, 0, (), False)
 
 
 def aged(path: Path, days: float) -> None:

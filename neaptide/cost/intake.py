@@ -7,13 +7,14 @@ control would read them all.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from neaptide.clock import Clock
-from neaptide.cost.ledger import Ledger, Position
+from neaptide.cost.ledger import Ledger, Position, Taken
 from neaptide.errors import StorageError
 from neaptide.journal import Gap, scan, segments, writer_alive
 from neaptide.journal.reader import segment_path
@@ -21,6 +22,7 @@ from neaptide.link import TallyRow
 from neaptide.types import Attempt, Begin, Usage
 
 BATCH = 1000  # records a transaction
+MAX_RECORDS = 50_000  # records a pull: the thread that asks has other work too (2 s on SQLite)
 DAY_S = 86400.0
 
 log = logging.getLogger("neaptide.ledger")
@@ -35,11 +37,18 @@ class Damage(NamedTuple):
 
 
 class Pulled(NamedTuple):
-    """What one pull added, and the damage it passed over."""
+    """What one pull added, and the damage it passed over; `more` says that it stopped before the end."""
 
     rows: int
     begins: int
     damage: tuple[Damage, ...]
+    more: bool
+
+
+class Batch(NamedTuple):
+    taken: Taken
+    records: int
+    damage: list[Damage]
 
 
 class Intake:
@@ -50,18 +59,25 @@ class Intake:
         self._at: dict[str, Position] = {}  # as in the ledger; spares a query a journal a pull
         self._drained: dict[str, int] = {}  # journals of dead gateways, taken to the end: their last segment
 
-    def pull(self) -> Pulled:
-        """Takes what is new in every journal. StorageError leaves each journal at its last whole batch."""
+    def pull(self, most: int = MAX_RECORDS) -> Pulled:
+        """Takes what is new in every journal, about `most` records. StorageError leaves each journal at its last whole
+        batch."""
+        rows = begins = records = 0
+        damage: list[Damage] = []
         try:
-            parts = [self._pull(name) for name in self._journals()]
+            for batch in itertools.chain.from_iterable(map(self._batches, self._journals())):
+                rows, begins = rows + batch.taken.rows, begins + batch.taken.begins
+                records, damage = records + batch.records, damage + batch.damage
+                if records >= most:
+                    return Pulled(rows, begins, tuple(damage), True)
         except OSError as e:
             raise StorageError(f"a journal cannot be read: {e}", fix="see to the disk", code="E521") from e
-        return Pulled(sum(p.rows for p in parts), sum(p.begins for p in parts), sum((p.damage for p in parts), ()))
+        return Pulled(rows, begins, tuple(damage), False)
 
     def dead(self) -> dict[str, tuple[Begin, ...]]:
         """Open begins of the journals whose writer is dead, all of what it wrote taken: ask the replicas named in them
         for a TALLY, then close_dead()."""
-        self.pull()
+        self._pull_all()
         names = [name for name in self._ledger.open_journals() if self._is_over(name)]
         return {name: self._ledger.open_begins(name) for name in names}
 
@@ -77,7 +93,7 @@ class Intake:
                 fix="stop it first",
                 code="E520",
             )
-        self._pull(journal)
+        self._pull_all()
         begins = self._ledger.open_begins(journal)
         return self._ledger.close_begins(journal, [lost(b, tally.get(b.request_id)) for b in begins])
 
@@ -100,49 +116,48 @@ class Intake:
             self._at[journal] = self._ledger.position(journal)
         return self._at[journal]
 
-    def _pull(self, journal: str) -> Pulled:
+    def _pull_all(self) -> None:
+        while self.pull().more:
+            pass
+
+    def _batches(self, journal: str) -> Iterator[Batch]:
+        """Takes what is new in one journal, batch by batch; marks it drained at the end if its writer is dead."""
         directory = self._root / journal
         there = segments(directory)
         if not there or self._drained.get(journal) == there[-1]:
-            return Pulled(0, 0, ())
+            return
         # In this order: a writer locks before it makes a segment, so the answer holds for those that were there, and
         # one that is dead by now has written all that is listed next.
         alive = writer_alive(directory)
         at = self._position(journal)
         numbers = [n for n in segments(directory) if n >= at.segment]
-        rows = begins = 0
-        damage: list[Damage] = []
         for number in numbers:
             finished = not alive or number != numbers[-1]
-            part = self._pull_segment(journal, number, at.offset if number == at.segment else 0, finished)
-            rows, begins, damage = rows + part.rows, begins + part.begins, damage + list(part.damage)
+            yield from self._segment(journal, number, at.offset if number == at.segment else 0, finished)
         if not alive:
             self._drained[journal] = (numbers or there)[-1]
-        return Pulled(rows, begins, tuple(damage))
 
-    def _pull_segment(self, journal: str, number: int, offset: int, finished: bool) -> Pulled:
-        rows = begins = 0
-        damage: list[Damage] = []
+    def _segment(self, journal: str, number: int, offset: int, finished: bool) -> Iterator[Batch]:
         while True:
             part = scan(self._root / journal, number, offset, finished=finished, limit=BATCH)
+            if part.offset == offset:
+                return
             for gap in part.gaps:
                 log.error("journal %s, segment %d, bytes %d to %d are no records: %s", journal, number, *gap)
-                damage.append(Damage(journal, number, gap))
-            if part.offset == offset and not part.records:
-                return Pulled(rows, begins, tuple(damage))
             taken = self._ledger.take(journal, number, part.records, part.offset)
             self._at[journal] = Position(number, part.offset)
-            rows, begins, offset = rows + taken.rows, begins + taken.begins, part.offset
+            yield Batch(taken, len(part.records), [Damage(journal, number, gap) for gap in part.gaps])
+            offset = part.offset
             if part.done:
-                return Pulled(rows, begins, tuple(damage))
+                return
 
     def _remove(self, journal: str, before_wall_s: float) -> int:
         directory = self._root / journal
-        drained, taken_to = journal in self._drained, self._position(journal).segment
+        drained_to, taken_to = self._drained.get(journal, 0), self._position(journal).segment
         removed = 0
         for number in segments(directory):
             path = segment_path(directory, number)
-            if (drained or number < taken_to) and path.stat().st_mtime < before_wall_s:
+            if (number <= drained_to or number < taken_to) and path.stat().st_mtime < before_wall_s:
                 path.unlink()
                 removed += 1
         over = taken_to > 0 and self._is_over(journal)  # taken_to 0: a gateway that is just starting
