@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from neaptide.engine import calibrate
 from neaptide.engine.protocol import Sampling
 from neaptide.specs import ReplicaSpec
 from tests.test_engine_contract import GUIDE, add, ask, collect, finish_all, prompt
@@ -17,13 +18,15 @@ openvino = pytest.importorskip("neaptide.engine.openvino", exc_type=ImportError)
 pipeline = openvino.pipeline
 
 
-def build(prefix_cache: str = "shared", cache_dir: str = "", **options: object) -> tuple[object, dict[str, float]]:
+def build(
+    prefix_cache: str = "shared", cache_dir: str = "", slo_tpot_s: float = 0.1, **options: object
+) -> tuple[object, dict[str, float]]:
     settings = {"threads": 1, "max_running": 4, "kv_mib": 8, **options}
     raw = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in settings.items()}
     stages: dict[str, float] = {}
     spec = ReplicaSpec(
         id="e-0", epoch=0, model="e", revision="r", engine="openvino", source=str(GUIDE), options=raw,
-        prefix_cache=prefix_cache, cache_dir=cache_dir,
+        prefix_cache=prefix_cache, cache_dir=cache_dir, slo_tpot_s=slo_tpot_s,
     )  # fmt: skip
     return openvino.OpenVinoEngine(spec, stages), stages
 
@@ -60,14 +63,18 @@ def test_the_kv_memory_asked_for_is_what_the_library_takes() -> None:
     engine.close()
 
 
-def test_prefill_is_measured_once_and_remembered(tmp_path: Path) -> None:
-    engine, stages = build(cache_dir=str(tmp_path))
+@pytest.mark.parametrize("slo_tpot_s", [0.1, 0.004])
+def test_prefill_is_measured_once_and_the_chunk_follows_it(tmp_path: Path, slo_tpot_s: float) -> None:
+    engine, stages = build(cache_dir=str(tmp_path), slo_tpot_s=slo_tpot_s)
     assert "calibrate_s" in stages
-    first = engine.describe().chunk_tokens
+    kept = msgspec.json.decode((tmp_path / calibrate.FILE).read_bytes(), type=dict[str, calibrate.Calibration])
+    (rate,) = (entry.prefill_tokens_per_s for entry in kept.values())
+    wanted = calibrate.chunk_tokens(rate, slo_tpot_s)
+    assert calibrate.is_close(engine._plan.chunk_tokens, wanted)
     engine.close()
-    engine, stages = build(cache_dir=str(tmp_path))
+    engine, stages = build(cache_dir=str(tmp_path), slo_tpot_s=slo_tpot_s)
     assert "calibrate_s" not in stages
-    assert engine.describe().chunk_tokens <= 1.5 * first
+    assert engine._plan.chunk_tokens == wanted
     engine.close()
 
 
