@@ -25,9 +25,11 @@ GREEDY = Sampling(max_tokens=5, temperature=0.0, ignore_eos=True)
 class Process:
     """An engine process, the socket to it, and the end of a lifeline."""
 
-    def __init__(self, engine: str, source: str = "", **options: object) -> None:
+    def __init__(self, engine: str, source: str = "", cpus: tuple[int, ...] = (), **options: object) -> None:
         raw = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in options.items()}
-        spec = ReplicaSpec(id="e-0", epoch=0, model="e", revision="r", engine=engine, source=source, options=raw)
+        spec = ReplicaSpec(
+            id="e-0", epoch=0, model="e", revision="r", engine=engine, source=source, options=raw, engine_cpus=cpus
+        )
         self.sock, theirs = socket.socketpair()
         lifeline, self.lifeline = os.pipe()
         self.process = subprocess.Popen(
@@ -194,6 +196,18 @@ def test_an_option_the_engine_does_not_know_is_an_error(start: Callable[..., Pro
         assert isinstance(failed, Failed)
         assert option in failed.what
         assert process.exit_code() == 2
+
+
+def test_it_is_pinned_where_it_is_told_and_says_so_where_it_cannot_be(start: Callable[..., Process]) -> None:
+    here = min(os.sched_getaffinity(0))
+    process = start("echo", cpus=(here,))
+    assert isinstance(process.receive(), Ready)
+    assert os.sched_getaffinity(process.process.pid) == {here}
+    process = start("echo", cpus=(1000,))
+    failed = process.receive()
+    assert isinstance(failed, Failed)
+    assert "1000" in failed.what
+    assert process.exit_code() == 2
 
 
 def test_a_missing_model_names_the_file_and_the_way_to_get_it(start: Callable[..., Process], tmp_path: Path) -> None:

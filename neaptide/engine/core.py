@@ -124,6 +124,7 @@ def serve(spec: ReplicaSpec, sock: socket.socket) -> int:
         return select.select([sock], [], [], seconds)
 
     try:
+        _pin(spec)  # before the library counts the processors it may use
         engine, stages = build(spec, wait)
         sock.sendall(pack(Ready(description=engine.describe(), stages=stages)))
         try:
@@ -143,6 +144,19 @@ def serve(spec: ReplicaSpec, sock: socket.socket) -> int:
         return _fail(sock, ModelError(f"{type(error).__name__}: {error}", why=why, code="E210"))
 
 
+def _pin(spec: ReplicaSpec) -> None:
+    if not spec.engine_cpus:
+        return
+    try:
+        os.sched_setaffinity(0, spec.engine_cpus)
+    except OSError as error:
+        raise ConfigError(
+            f"the engine cannot be pinned to cpus {list(spec.engine_cpus)}: {error.strerror}",
+            why=f"this process may use {sorted(os.sched_getaffinity(0))}",
+            fix=f"correct models.{spec.model}.options.cpus, or remove it",
+        ) from error
+
+
 def _fail(sock: socket.socket, error: NeaptideError) -> int:
     try:
         sock.sendall(pack(Failed(code=error.code, what=error.what, why=error.why, fix=error.fix)))
@@ -155,8 +169,6 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the replica decides when we end
     spec = lifeline.read_spec(ReplicaSpec)
     lifeline.hold()
-    if spec.engine_cpus:
-        os.sched_setaffinity(0, spec.engine_cpus)
     sock = socket.socket(fileno=int(argv[1]))
     sock.setblocking(True)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
