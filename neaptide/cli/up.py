@@ -134,7 +134,7 @@ class Terminal(Voice):
 
 def progress(stage: str, text: str, seconds: float) -> str:
     """`✓ replica    guide-0            0.6 s`."""
-    label = say(f"up.stage.{stage}") if stage in ("config", "replica", "died") else stage
+    label = say(f"up.stage.{stage}") if stage in ("config", "model", "replica", "died") else stage
     took = f"{seconds:8.1f} s" if seconds else ""
     return f"{'!' if stage == 'died' else '✓'} {label:<10} {text:<44}{took}".rstrip()
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -77,6 +77,7 @@ class Control:
         self.processes: tuple[ChildStatus, ...] = ()
         self._told_ready = False
         self._reports: set[asyncio.Task[None]] = set()
+        self._event_loop = asyncio.get_running_loop()
         self.supervisor = Client(self._event, self._orphaned)
         self.publisher = Publisher(spec.token, self._on_gauges)
         self.local = LocalDriver(self.supervisor, self.state, spec.token, self._replica_spec, self._nudge)
@@ -212,6 +213,10 @@ class Control:
         self._reports.add(task)
         task.add_done_callback(self._reports.discard)
 
+    def _progress(self, line: str) -> None:
+        """From the thread that looks for a model; a download takes its time and should show."""
+        self._event_loop.call_soon_threadsafe(self._nudge_report, Report(stage="model", text=line))
+
     async def _report(self, report: Report) -> None:
         await self.supervisor.call("report", report)
 
@@ -225,7 +230,7 @@ class Control:
         """Put `settings` in force. ModelError when a source cannot be had: nothing has changed then."""
         sources, digests = {}, {}
         for name, model in settings.models.items():
-            sources[name], digests[name] = await asyncio.to_thread(locate, model, self.state.cache)
+            sources[name], digests[name] = await asyncio.to_thread(locate, model, self.state.cache, self._progress)
         self.settings, self.sources, self.digests = settings, sources, digests
         self.deployments = tuple(deployment(n, m, digests[n]) for n, m in settings.models.items())
         now = int(wall_s())
@@ -326,11 +331,11 @@ class AdminServer(uvicorn.Server):
         yield
 
 
-def locate(model: ModelSettings, cache: Path) -> tuple[str, str]:
+def locate(model: ModelSettings, cache: Path, say: Callable[[str], None]) -> tuple[str, str]:
     """(directory, digest) of a model's weights; empty for echo and for replicas that somebody else runs."""
     if model.replicas or model.engine == "echo":
         return "", ""
-    found = resolve(model.source, cache, lambda line: None)
+    found = resolve(model.source, cache, say)
     return str(found.path), found.digest
 
 
@@ -355,4 +360,8 @@ def run() -> None:
     """The process: spec from stdin, until SIGTERM or the supervisor's end."""
     spec = lifeline.read_spec(ControlSpec)
     lifeline.hold()
-    asyncio.run(Control(spec).run())
+
+    async def live() -> None:
+        await Control(spec).run()
+
+    asyncio.run(live())
