@@ -251,7 +251,12 @@ class Up:
         return int(self.api.split(":")[2].split("/")[0])
 
     def group(self, *roles: str) -> list[int]:
-        return tree([pid for role in roles for pid in self.pids.get(role, [])])
+        """Their processes. A replica's are its I/O process alone; `engine` is what those started."""
+        found: list[int] = []
+        for role in roles:
+            mine = self.pids.get("replica" if role == "engine" else role, [])
+            found += [p for p in tree(mine) if p not in mine] if role == "engine" else mine
+        return found
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from typing import Any
 
 from bench import kit
 
+ROLES = ("gateway", "replica", "engine", "control")
 MODEL = kit.ROOT / "build" / "bench-model"
 GUIDE = kit.ROOT / "neaptide" / "models" / "guide"
 PROMPT = "Explain in your own words how a harbour keeps its ships level while the tide goes out and comes back in. " * 3
@@ -50,9 +51,8 @@ def config(name: str, source: Path | None) -> str:
 
 
 def place(server: kit.Up) -> None:
-    """Everything but the engine to core 0; the engine is where its options say."""
-    kit.pin(server.group("supervisor", "gateway"), kit.LOAD_CORE)
-    kit.pin(server.pids["control"], kit.LOAD_CORE)
+    """Everything but the engine to core 0; replica I/O and engine are where the options say."""
+    kit.pin(server.group("supervisor", "control", "gateway"), kit.LOAD_CORE)
 
 
 def over_http(server: kit.Up, model: str, streams: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -60,13 +60,13 @@ def over_http(server: kit.Up, model: str, streams: int, args: argparse.Namespace
     body = kit.chat(model, PROMPT, stream=True, max_tokens=args.tokens, ignore_eos=True, temperature=0)
     # Long enough that every stream is decoding and no longer waits for its first prefill.
     load = kit.Load(body=body, mode="sse", conns=streams, warmup_s=args.warmup, duration_s=args.duration)
-    ours = {"gateway": server.group("gateway"), "replica": server.group("replica")}
-    result = kit.drive(load, server.port, key=server.key, watch={**ours, "control": server.pids["control"]})
+    result = kit.drive(load, server.port, key=server.key, watch={role: server.group(role) for role in ROLES})
     weight = result["usage_tokens"] / result["usage_chunks"] if result["usage_chunks"] else 1.0
     result["tok_s"] *= weight
     result["tokens"] *= weight
-    served = sum(result["cpu_s"][name] for name in ("gateway", "replica", "control"))
-    result["us_per_token"] = served * 1e6 / max(1.0, result["tokens"])
+    for role in ROLES:
+        result[f"{role}_us_per_token"] = result["cpu_s"][role] * 1e6 / max(1.0, result["tokens"])
+    result["us_per_token"] = sum(result[f"{role}_us_per_token"] for role in ROLES)
     return result
 
 
@@ -117,12 +117,12 @@ def overhead(_: Path, args: argparse.Namespace) -> tuple[dict[str, Any], list[li
         place(server)
         found = alternate(server, "guide", GUIDE, max(args.streams), args)
     more = found["http_us_per_token"] - found["raw_us_per_token"]
-    row = [
-        "CPU us/token, guide; last: ours minus raw",
-        *(f"{found[f'{s}_us_per_token']:.0f}" for s in ("http", "raw")),
-        f"{more:.0f}",
-    ]
-    return found, [row]
+    sides = (f"{found[f'{side}_us_per_token']:.0f}" for side in ("http", "raw"))
+    rows = [["CPU us/token, guide: all, raw, difference", *sides, f"{more:.0f}"]]
+    for role in ROLES:
+        share = kit.median([r[f"{role}_us_per_token"] for r in found["http"]])
+        rows.append([f"  of it {role}", f"{share:.1f}", "", ""])
+    return found, rows
 
 
 def first_token_s(server: kit.Up, body: dict[str, Any]) -> float:

@@ -37,10 +37,8 @@ def rounds(args: argparse.Namespace) -> list[kit.Load]:
 
 
 def sample(server: kit.Up, done: int) -> dict[str, float]:
-    roles = {role: server.group(role) for role in ("gateway", "control", "replica")}
-    row: dict[str, float] = {role: kit.rss_mib(pids) for role, pids in roles.items()}
-    row["supervisor"] = kit.rss_mib(server.pids["supervisor"])
-    return {"requests": done, **row}
+    roles = ("supervisor", "control", "gateway", "replica", "engine")
+    return {"requests": done, **{role: kit.rss_mib(server.group(role)) for role in roles}}
 
 
 def slope_kib(rows: Sequence[dict[str, float]], role: str) -> float:
