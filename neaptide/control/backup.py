@@ -18,6 +18,7 @@ import shutil
 import sqlite3
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -61,7 +62,8 @@ def create(state: Path, out: Path | None = None) -> BackupReport:
         raise StorageError(f"{target} exists already", code="E521", fix="choose another --out, or remove it")
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".backup-") as work:
+        _clear_after_the_killed(target.parent)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".backup-{os.getpid()}-") as work:
             files = _snapshot(state, Path(work) / "files")
             _pack(Path(work) / "files", files, Path(work) / "archive")
             os.link(Path(work) / "archive", target)  # fails rather than replaces
@@ -106,18 +108,28 @@ def restore(archive: Path, state: Path) -> BackupReport:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def _clear_after_the_killed(parent: Path) -> None:
+    """Half-made work of backups whose process is gone."""
+    for left in parent.glob(".backup-*-*"):
+        pid = left.name.split("-")[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left)
+
+
 def _snapshot(state: Path, into: Path) -> list[Entry]:
-    """Copies of what belongs into a backup; journal first, ledger last."""
+    """Copies of what belongs into a backup; journal first, then the ledger, the rest last: an epoch copied before the
+    ledger could be given again to a journal that the ledger has already read from."""
     into.mkdir(mode=0o700)
-    paths = [p for name in KEPT if (p := state / name).is_file()]
     journal = [p for p in sorted((state / "journal").rglob("*")) if p.is_file() and not p.is_symlink()]
-    for path in (*journal, *paths):
+    for path in journal:
         copy = into / path.relative_to(state)
         copy.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # a segment the ledger has taken was removed meanwhile
             shutil.copyfile(path, copy)
     if (state / LEDGER).exists():
         _copy_ledger(state / LEDGER, into / LEDGER)
+    for path in (state / name for name in KEPT if (state / name).is_file()):
+        shutil.copyfile(path, into / path.name)
     found = sorted(p for p in into.rglob("*") if p.is_file())
     return [_entry(p, into) for p in found]
 
@@ -165,7 +177,9 @@ def _unpack(archive: Path, into: Path) -> Manifest:
                 if entry is None or not member.isreg():
                     raise _damaged(archive, f"{member.name} is not in its manifest")
                 _write(_open(tar, member), into, entry, archive)
-    except (tarfile.TarError, OSError, EOFError) as e:
+            while tar.fileobj is not None and tar.fileobj.read(1 << 20):
+                pass  # to the end, where gzip's own checksum stands
+    except (tarfile.TarError, zlib.error, OSError, EOFError) as e:
         raise _damaged(archive, str(e)) from e
     if expected:
         raise _damaged(archive, f"{next(iter(expected))} is missing")
