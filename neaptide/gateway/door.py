@@ -223,7 +223,7 @@ class Door:
             if lane.line.waiting:
                 for ticket in lane.line.expired(now):
                     ticket.item.ticket = None
-                    error = queue.too_long(ticket, lane.line.max_wait_s, lane.line.retry_after_s(now))
+                    error = queue.too_long(ticket, lane.line.retry_after_s(now))
                     ticket.item.fail(error, now, "refused")
                 self.pump(lane, now)
                 if lane.row.failing and not route.reachable(lane.targets, now):

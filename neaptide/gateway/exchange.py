@@ -200,9 +200,10 @@ class Exchange:
             data = self._hide.feed(data)
         if self._held:
             data, self._held = self._held + data, b""
-        if data.endswith(_DONE):
-            self._held = data  # the end of the answer: it waits for the row
-        elif data:
+        if data.endswith(_DONE):  # the end of the answer: it waits for the row
+            cut = data.rfind(b"data:")
+            data, self._held = data[:cut], data[cut:]
+        if data:
             if self.state != OPEN:
                 self._open(None)
             self._write(data)

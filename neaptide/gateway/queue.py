@@ -20,10 +20,12 @@ RATE_SAMPLES = 64  # departures over which the drain rate is measured
 class Ticket(Generic[T]):
     """A place in the line."""
 
-    __slots__ = ("due_s", "entered_s", "item", "waiting")
+    __slots__ = ("due_s", "entered_s", "hasty", "item", "waiting")
 
-    def __init__(self, item: T, entered_s: float, due_s: float) -> None:
-        self.item, self.entered_s, self.due_s = item, entered_s, due_s
+    def __init__(self, item: T, entered_s: float, max_wait_s: float, deadline_s: float) -> None:
+        self.item, self.entered_s = item, entered_s
+        self.due_s = min(entered_s + max_wait_s, deadline_s)
+        self.hasty = deadline_s < entered_s + max_wait_s  # its own deadline comes before the longest wait
         self.waiting = True
 
 
@@ -55,7 +57,7 @@ class Line(Generic[T]):
                 retry_after_s=self.retry_after_s(now),
             )
         entered_s = now if since_s is None else since_s
-        ticket = Ticket(item, entered_s, min(entered_s + self.max_wait_s, deadline_s))
+        ticket = Ticket(item, entered_s, self.max_wait_s, deadline_s)
         if again:
             self._order.appendleft(ticket)
         else:
@@ -115,13 +117,12 @@ class Line(Generic[T]):
         return min(longest, max(1.0, math.ceil((self.waiting + 1) / rate_per_s)))
 
 
-def too_long(ticket: Ticket[T], max_wait_s: float, retry_after_s: float) -> RequestError:
+def too_long(ticket: Ticket[T], retry_after_s: float) -> RequestError:
     """The refusal of a ticket that expired: by its own deadline, or by the longest wait."""
     waited_s = ticket.due_s - ticket.entered_s
-    own = waited_s < max_wait_s
     return RequestError(
         429,
-        f"No replica was free {'before the deadline of the request' if own else 'in time'} ({waited_s:.1f} s).",
-        slug="deadline_passed" if own else "wait_expired",
+        f"No replica was free {'before the deadline of the request' if ticket.hasty else 'in time'} ({waited_s:.1f} s).",
+        slug="deadline_passed" if ticket.hasty else "wait_expired",
         retry_after_s=retry_after_s,
     )

@@ -35,7 +35,7 @@ class _Usage(msgspec.Struct, gc=False):
 
 class _Event(msgspec.Struct, gc=False):
     choices: list[msgspec.Raw] | None = None
-    usage: msgspec.Raw | None = None
+    usage: msgspec.Raw = msgspec.Raw()
 
 
 class Counts(msgspec.Struct, frozen=True, gc=False):
@@ -125,7 +125,7 @@ class HideUsage:
             read = _decode_event(line[5:].strip())
         except msgspec.DecodeError:
             return False
-        if read.choices or read.usage is None:
+        if read.choices or not bytes(read.usage).startswith(b"{"):
             return False
         self.seen = event[-TAIL_BYTES:]
         return True

@@ -237,7 +237,7 @@ class Connection(asyncio.Protocol):
             self._head_seen += len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as e:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as e:
             self._bad(sink, f"sent invalid HTTP ({e})")
             return
         if self._unwanted:
