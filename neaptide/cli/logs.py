@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -24,13 +25,13 @@ MAX_LINE = 1 << 20
 
 class Filter(NamedTuple):
     model: str | None
-    status: str | None  # "429", "4xx", "500-599"
+    statuses: range | None
     since_s: float | None
 
     def passes(self, row: dict[str, Any]) -> bool:
         return (
             (self.model is None or row.get("model") == self.model)
-            and (self.status is None or _status_is(int(row.get("status", 0)), self.status))
+            and (self.statuses is None or int(row.get("status", 0)) in self.statuses)
             and (self.since_s is None or float(row.get("at", 0.0)) >= self.since_s)
         )
 
@@ -44,9 +45,7 @@ class Filter(NamedTuple):
 @click.option("--since", metavar="WHEN", help=say("opt.since"))
 @common
 def logs(session: Session, follow: bool, last: int, model: str | None, status: str | None, since: str | None) -> None:
-    if status is not None:
-        _status_is(0, status)  # refuses a filter that could never match
-    wanted = Filter(model, status, when(since, "--since"))
+    wanted = Filter(model, None if status is None else statuses(status), when(since, "--since"))
     path = session.state / "log" / "access.jsonl"
     if not path.exists() and not follow:
         raise ConfigError(
@@ -119,13 +118,15 @@ def _row(line: bytes, wanted: Filter) -> bool:
     return isinstance(row, dict) and wanted.passes(row)
 
 
-def _status_is(status: int, wanted: str) -> bool:
-    """Whether `status` matches "429", "4xx" or "400-499"."""
-    low, _, high = wanted.replace("xx", "00").partition("-")
-    top = high or (str(int(low) + 99) if wanted.endswith("xx") and low.isdigit() else low)
-    if not (low.isdigit() and top.isdigit()):
-        raise ConfigError(f"--status {wanted!r}", code="E110", fix="write 429, 4xx or 500-599")
-    return int(low) <= status <= int(top)
+def statuses(text: str) -> range:
+    """The statuses that "429", "4xx" or "400-499" mean."""
+    if one := re.fullmatch(r"\d{3}", text):
+        return range(int(one[0]), int(one[0]) + 1)
+    if hundred := re.fullmatch(r"(\d)xx", text):
+        return range(int(hundred[1]) * 100, int(hundred[1]) * 100 + 100)
+    if both := re.fullmatch(r"(\d{3})-(\d{3})", text):
+        return range(int(both[1]), int(both[2]) + 1)
+    raise ConfigError(f"--status {text!r}", code="E110", fix="write 429, 4xx or 500-599")
 
 
 def _print(session: Session, line: bytes) -> None:
