@@ -12,6 +12,7 @@ from bench.kit import ROOT
 BENCHMARKS = {
     "startup": ("bench.startup", [], ["--up", "1", "--help-runs", "3"]),
     "gateway": ("bench.gateway.run", [], ["--repeat", "1", "--duration", "1", "--warmup", "0.5", "--streams", "100"]),
+    "link": ("bench.gateway.link", [], ["--repeat", "1", "--duration", "1", "--warmup", "0.5", "--streams", "100"]),
     "serve": ("bench.serve", [], ["--repeat", "1", "--duration", "2", "--warmup", "1", "--streams", "4"]),
     "soak": ("bench.soak", [], ["--requests", "1000", "--round", "100"]),
 }
