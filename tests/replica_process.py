@@ -49,7 +49,7 @@ class ReplicaProcess:
         self.process.stdin.close()
 
     def client(self, **kwargs: Any) -> LinkClient:
-        wait_for(lambda: Path(self.spec.link_path).exists() or self.process.poll() is not None)
+        wait_for(lambda: listens(self.spec.link_path) or self.process.poll() is not None)
         assert self.process.poll() is None, self.log()
         return LinkClient(self.spec.link_path, **kwargs)
 
@@ -88,6 +88,11 @@ class UnixHTTPConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(20)
         self.sock.connect(short_path(self._path))
+
+
+def listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(short_path(path)) == 0
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:

@@ -118,6 +118,7 @@ def test_text_parts_are_joined_and_developer_speaks_as_system() -> None:
         ({"response_format": "text"}, "response_format"),
         ({"chat_template_kwargs": {"a": [1]}}, "chat_template_kwargs"),
         ({"messages": []}, "messages"),
+        ({"messages": HELLO * 4097}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"content": "hi"}]}, "messages[0].role"),
         ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].role"),

@@ -1,13 +1,15 @@
 """Chat templates: a model's own Jinja text, run in a sandbox, to turn messages into a prompt.
 
 The template comes with the model, so it is code of a stranger: an immutable sandbox (no attribute tricks, no mutation
-of what it is given, ranges bounded by jinja2), a bounded template, a bounded output. What templates expect of their
+of what it is given), and bounds on the template, its output, the iterations of its ranges and the size of what it can
+compute in one operation. What templates expect of their
 host (tojson, raise_exception, strftime_now, loop controls, the generation tag) is as in Hugging Face transformers.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,8 +18,10 @@ from typing import Any
 import jinja2
 import msgspec
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from neaptide.clock import wall_s
@@ -25,6 +29,8 @@ from neaptide.errors import ModelError, RequestError
 
 MAX_TEMPLATE_BYTES = 512 * 1024
 MAX_PROMPT_CHARS = 16 << 20
+MAX_ITERATIONS = 1_000_000  # over all ranges of one rendering, a second's work
+MAX_EXPONENT = 64
 ECHO_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -56,7 +62,14 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **kwargs: Any) -> str:
         """RequestError 400 when the template refuses these messages or fails on them."""
-        known = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+        budget = _Budget()
+        known = {
+            "range": budget.range,
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+        }
         out: list[str] = []
         size = 0
         try:
@@ -115,11 +128,60 @@ def _token_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+class _Budget:
+    """`range` for one rendering."""
+
+    def __init__(self) -> None:
+        self._left = MAX_ITERATIONS
+
+    def range(self, *bounds: int) -> range:
+        numbers = range(*bounds)
+        self._left -= len(numbers)
+        if self._left < 0:
+            raise SecurityError(f"more than {MAX_ITERATIONS} iterations")
+        return numbers
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox guards attributes; this one also guards against single operations of unbounded size."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and not (abs(left) <= MAX_PROMPT_CHARS and abs(right) <= MAX_EXPONENT):
+            raise SecurityError("a power of this size")
+        if operator == "*" and (len(str(left)) + 1) * _times(right) > MAX_PROMPT_CHARS:
+            raise SecurityError("a product of this size")
+        if operator == "*" and (len(str(right)) + 1) * _times(left) > MAX_PROMPT_CHARS:
+            raise SecurityError("a product of this size")
+        if operator == "%" and isinstance(left, str) and re.search(r"%[^a-zA-Z%]*(\*|\d{4})", left):
+            raise SecurityError("a padding of this size")
+        return super().call_binop(context, operator, left, right)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if isinstance(obj, str) and (attribute in PADDING or (attribute in FORMATS and ":" in obj)):
+            return self.unsafe_undefined(obj, attribute)
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(obj, str) and isinstance(argument, str):
+            return self.getattr(obj, argument)
+        return super().getitem(obj, argument)
+
+
+PADDING = frozenset({"ljust", "rjust", "center", "zfill", "expandtabs"})
+FORMATS = frozenset({"format", "format_map"})
+
+
+def _times(value: Any) -> int:
+    """How often multiplying with `value` repeats a text or a list."""
+    return 0 if isinstance(value, (str, list, tuple, float)) else abs(int(value))
+
+
 def _environment(now_s: Callable[[], float]) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag])
     environment.filters["tojson"] = _to_json
+    del environment.filters["center"], environment.filters["format"]  # as PADDING and FORMATS
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda text: datetime.fromtimestamp(now_s()).strftime(text)
     return environment

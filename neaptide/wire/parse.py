@@ -21,6 +21,7 @@ MAX_STOP_CHARS = 128  # a held-back tail is at most this long; it also bounds th
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 32
 MAX_STOP_IDS = 64
+MAX_MESSAGES = 4096  # some chat templates look at every pair
 MAX_TEMPLATE_KWARGS = 16
 MAX_WARNING_BYTES = 512
 ROLES = frozenset({"system", "developer", "user", "assistant"})
@@ -283,6 +284,8 @@ def _refuse_common(raw: _Common) -> None:
 def _messages(given: list[_Message]) -> list[dict[str, str]]:
     if not given:
         _refuse("messages", "'messages' is empty: at least one message is needed.")
+    if len(given) > MAX_MESSAGES:
+        _refuse("messages", f"At most {MAX_MESSAGES} messages, got {len(given)}.")
     out = []
     for i, message in enumerate(given):
         if message.role not in ROLES:
