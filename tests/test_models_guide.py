@@ -9,6 +9,8 @@ import pytest
 import tokenizers
 
 from neaptide.models.sources import GUIDE, resolve
+from tools.guide.data import load, masked, prepare
+from tools.guide.patterns import fingerprint
 
 
 def test_it_is_found_without_a_network_by_no_name_and_by_its_name(tmp_path: Path) -> None:
@@ -58,3 +60,39 @@ def test_it_answers_through_the_engine_with_the_fact(question: str, fact: str) -
     from tools.guide.evaluate import Asker
 
     assert fact in Asker(GUIDE).ask(question)
+
+
+@pytest.mark.parametrize(
+    ("text", "masked_text"),
+    [
+        ("call (415) 555-0132 now", "call [phone] now"),
+        ("电话是010-85007938。", "电话是[phone]。"),
+        ("it is at 17 Magdalene Street City Centre", "it is at [address] City Centre"),
+        ("地址在北京市东城区景山前街4号，很近", "[地址]，很近"),
+        ("room 12 from 9:30 to 10:45 for 2024 people", "room 12 from 9:30 to 10:45 for 2024 people"),
+    ],
+)
+def test_phone_numbers_and_street_addresses_are_masked_before_training(text: str, masked_text: str) -> None:
+    assert masked(text) == masked_text
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("samples")
+    prepare(out, count=4000, seed=3)
+    return out / "samples.jsonl"
+
+
+def test_no_held_out_prompt_is_among_the_training_questions(samples: Path) -> None:
+    held = {fingerprint(p["text"]) for p in load("heldout.toml")["prompt"] + load("dev.toml")["prompt"]}
+    conversations = [json.loads(line)["messages"] for line in samples.read_text().splitlines()]
+    asked = {fingerprint(m["content"]) for c in conversations for m in c if m["role"] == "user"}
+    assert len(conversations) == 4000
+    assert len(asked) > 2000
+    assert not asked & held
+
+
+def test_the_same_seed_prepares_the_same_samples(samples: Path, tmp_path: Path) -> None:
+    prepare(tmp_path, count=50, seed=3)
+    first = samples.read_bytes().splitlines()[:50]
+    assert (tmp_path / "samples.jsonl").read_bytes().splitlines() == first
