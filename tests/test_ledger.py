@@ -55,7 +55,7 @@ def postgres_schema(name: str) -> Iterator[str]:
     engine = sa.create_engine(sa.make_url(POSTGRES).set(drivername="postgresql+psycopg"))
     with engine.begin() as connection:
         connection.execute(sa.schema.CreateSchema(name))
-    yield f"{POSTGRES}{'&' if '?' in POSTGRES else '?'}options=-csearch_path%3D{name}"
+    yield f"{POSTGRES}{'&' if '?' in POSTGRES else '?'}options=-csearch_path%3D{name}%20-csynchronous_commit%3Doff"
     with engine.begin() as connection:
         connection.execute(sa.schema.DropSchema(name, cascade=True))
     engine.dispose()

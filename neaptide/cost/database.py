@@ -90,7 +90,7 @@ def connect(url: str, default: Path) -> Database:
             f"ledger.url: {url.partition(':')[0]} is not a database we know",
             why="the ledger is kept in SQLite or PostgreSQL",
             fix="write it as ledger.url: postgresql://user@host/name, or leave it out",
-            code="E511",
+            code="E515",
         )
     if importlib.util.find_spec("psycopg") is None:
         raise StorageError(

@@ -71,7 +71,7 @@ class Intake:
                 if records >= most:
                     return Pulled(rows, begins, tuple(damage), True)
         except OSError as e:
-            raise StorageError(f"a journal cannot be read: {e}", fix="see to the disk", code="E521") from e
+            raise StorageError(f"a journal cannot be read: {e}", fix="see to the disk", code="E544") from e
         return Pulled(rows, begins, tuple(damage), False)
 
     def dead(self) -> dict[str, tuple[Begin, ...]]:
@@ -91,7 +91,7 @@ class Intake:
                 f"the gateway of {journal} is alive",
                 why="its requests will end by themselves; closing them as lost would drop their real rows",
                 fix="stop it first",
-                code="E520",
+                code="E543",
             )
         self._pull_all()
         begins = self._ledger.open_begins(journal)

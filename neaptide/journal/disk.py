@@ -40,7 +40,7 @@ def describe(error: OSError, directory: Path, wanted_bytes: int) -> str:
 
 def storage_error(error: OSError, directory: Path, wanted_bytes: int) -> StorageError:
     return StorageError(
-        describe(error, directory, wanted_bytes), why="the journal preallocates its segments", code="E501"
+        describe(error, directory, wanted_bytes), why="the journal preallocates its segments", code="E541"
     )
 
 
@@ -59,7 +59,7 @@ def lock(directory: Path) -> int:
         f"another process writes {directory}",
         why="a journal has one writer",
         fix="start the gateway with an epoch of its own",
-        code="E502",
+        code="E542",
     )
 
 

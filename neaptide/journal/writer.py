@@ -101,7 +101,7 @@ class Journal:
                 "the journal is closed" if self._closed else refusal or "",
                 why="every request leaves a record, and there is no room for another",
                 fix=f"free space for {self.directory}; it goes on by itself",
-                code="E501",
+                code="E541",
             )
         self._open.add(record.request_id)
         self._append(encode(record))
@@ -113,7 +113,7 @@ class Journal:
         in `unrecorded`, and its `then` runs all the same.
         """
         if self._closed:
-            raise StorageError("the journal is closed", code="E501")
+            raise StorageError("the journal is closed", code="E541")
         begun = record.request_id in self._open
         self._open.discard(record.request_id)
         if begun or self.refusal() is None:
@@ -140,7 +140,7 @@ class Journal:
         finally:
             self._worker.shutdown(wait=False)
         if left:
-            raise StorageError(f"{left} records were not written: {self._write_error or self._full}", code="E501")
+            raise StorageError(f"{left} records were not written: {self._write_error or self._full}", code="E541")
 
     # -- writing
 
