@@ -29,7 +29,7 @@ def doctor(session: Session, file: str | None) -> None:
                 click.echo(f"             {say('doctor.fix')} {check.fix}")
     counts = {level: sum(c.level == level for c in found) for level in MARKS}
     if session.as_json:
-        session.data({"ok": not counts["fail"], **counts, "checks": [c._asdict() for c in found]})
+        session.data({"healthy": not counts["fail"], **counts, "checks": [c._asdict() for c in found]})
     else:
         click.echo(say("doctor.sum", ok=counts["ok"], warn=counts["warn"], fail=counts["fail"]))
     if counts["fail"]:
