@@ -177,6 +177,19 @@ def test_the_answer_is_limited_by_client_context_and_memory() -> None:
     assert list(limits) == list(limits.values())
 
 
+def test_a_text_far_beyond_the_context_is_refused_without_tokenising_it() -> None:
+    class Untouched(ByteTokenizer):
+        longest_token = 4
+
+        def encode(self, text: str, special: bool) -> list[int]:
+            raise AssertionError("tokenised")
+
+    model = ECHO._replace(tokenizer=Untouched())
+    with pytest.raises(RequestError, match="at least 513 tokens") as caught:
+        prepare(model, describe(context=512), generation(prompt=Prompt(text="x" * 513 * 4)))
+    assert caught.value.slug == "context_length_exceeded"
+
+
 def test_the_models_defaults_fill_in_what_the_client_left_open() -> None:
     model = ECHO._replace(defaults={"temperature": 0.6, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.05})
     ours = prepare(model, describe(), generation(temperature=0.0, top_p=0.0)).sampling

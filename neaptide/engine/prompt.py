@@ -38,21 +38,38 @@ def load_model(engine: str, source: str) -> Model:
     return Model(load_tokenizer(directory), load_template(directory, config), defaults)
 
 
-def encode(model: Model, prompt: Prompt) -> list[int]:
-    """The prompt's token ids. RequestError 400 for a chat without a template."""
+def encode(model: Model, prompt: Prompt, most_tokens: int | None = None) -> list[int]:
+    """The prompt's token ids. RequestError 400 for a chat without a template, and for a text that cannot have as few
+    as `most_tokens`: tokenising megabytes only to refuse them takes seconds."""
     if prompt.ids is not None:
         return prompt.ids
+    special = prompt.messages is None and prompt.add_special_tokens  # a template writes its own
+    text = _text(model, prompt)
+    if most_tokens is not None and len(text) > most_tokens * model.tokenizer.longest_token:
+        at_least = len(text) // model.tokenizer.longest_token
+        raise _too_long(most_tokens, f"at least {at_least}", "prompt" if prompt.messages is None else "messages")
+    return model.tokenizer.encode(text, special)
+
+
+def _text(model: Model, prompt: Prompt) -> str:
     if prompt.messages is None:
-        return model.tokenizer.encode(prompt.text or "", prompt.add_special_tokens)
+        return prompt.text or ""
     if model.template is None:
         raise no_template()
-    text = model.template.render(prompt.messages, prompt.add_generation_prompt, **prompt.template_kwargs)
-    return model.tokenizer.encode(text, False)  # the template wrote the special tokens
+    return model.template.render(prompt.messages, prompt.add_generation_prompt, **prompt.template_kwargs)
+
+
+def _too_long(context_tokens: int, tokens: object, param: str) -> RequestError:
+    message = (
+        f"This model's maximum context length is {context_tokens} tokens. "
+        f"However, your {param} resulted in {tokens} tokens, which leaves none for the answer."
+    )
+    return RequestError(400, message, slug="context_length_exceeded", param=param)
 
 
 def prepare(model: Model, description: Description, asked: Generation) -> Prepared:
     """RequestError 400 when the prompt is empty, unknown, or too long for the context or the KV memory."""
-    ids = encode(model, asked.prompt)
+    ids = encode(model, asked.prompt, description.context_tokens)
     param = "messages" if asked.chat else "prompt"
     if not ids:
         raise RequestError(400, f"'{param}' is empty: it has no tokens.", param=param)
@@ -66,11 +83,7 @@ def _answer_tokens(description: Description, asked: Generation, prompt_tokens: i
     """The client's limit, or a default, cut to what context (and, for the default, KV memory) leaves."""
     room = description.context_tokens - prompt_tokens
     if room < 1:
-        message = (
-            f"This model's maximum context length is {description.context_tokens} tokens. "
-            f"However, your {param} resulted in {prompt_tokens} tokens, which leaves none for the answer."
-        )
-        raise RequestError(400, message, slug="context_length_exceeded", param=param)
+        raise _too_long(description.context_tokens, prompt_tokens, param)
     kv_room = whole_blocks(description.kv_tokens, description.kv_block_tokens) - prompt_tokens
     limit = min(max(kv_room, 1), DEFAULT_MAX_TOKENS) if asked.max_tokens is None else asked.max_tokens
     room = min(room, limit)

@@ -22,8 +22,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from neaptide import __version__
 from neaptide.clock import mono_s, wall_s
+from neaptide.engine import refusals
+from neaptide.engine.intake import MAX_BODY_BYTES
 from neaptide.engine.requests import Job
-from neaptide.engine.service import DEAD, MAX_BODY_BYTES, READY, Service
+from neaptide.engine.service import DEAD, READY, Service
 from neaptide.errors import RequestError
 from neaptide.link import CREDIT_BYTES, EndHeader, OpenHeader
 from neaptide.wire import chunks
@@ -98,10 +100,10 @@ class Inference:
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > MAX_BODY_BYTES:
-                raise RequestError(413, f"The body exceeds {MAX_BODY_BYTES} bytes.", slug="body_too_large")
+                raise refusals.body_too_large(size, MAX_BODY_BYTES)
             if not message.get("more_body", False):
                 break
-        if (refusal := self._service.reserve_bytes(size)) is not None:
+        if (refusal := self._service.held.reserve(size)) is not None:
             raise refusal
         return b"".join(parts)
 

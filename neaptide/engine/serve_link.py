@@ -17,6 +17,7 @@ import msgspec
 
 from neaptide import link
 from neaptide.clock import mono_s
+from neaptide.engine import refusals
 from neaptide.engine.log import Log
 from neaptide.engine.requests import Job
 from neaptide.engine.service import READY, Service
@@ -182,7 +183,7 @@ class LinkConnection(asyncio.Protocol):
         head, first = link.split_header(frame.payload)
         stream = LinkStream(self, frame.stream, _open.decode(head))
         self.streams[frame.stream] = stream
-        refusal = self._refusal() or self._service.reserve_bytes(stream.missing)
+        refusal = self._refusal() or self._service.held.reserve(stream.missing)
         if refusal is not None:
             stream.end(_refused(refusal), chunks.error_body(refusal))
             return
@@ -191,7 +192,7 @@ class LinkConnection(asyncio.Protocol):
 
     def _refusal(self) -> RequestError | None:
         if len(self.streams) > MAX_STREAMS:
-            return RequestError(429, "Too many open streams on this connection.", slug="replica_full")
+            return refusals.full("Too many open streams on this connection.")
         return None
 
     def _take_body(self, stream: LinkStream, part: bytes) -> None:
@@ -226,7 +227,7 @@ class LinkConnection(asyncio.Protocol):
 
     def _forget(self, stream: LinkStream) -> None:
         if stream.reserved:
-            self._service.release_bytes(stream.opened.body_bytes)
+            self._service.held.release(stream.opened.body_bytes)
             stream.reserved = False
         if stream.job is not None:
             self._service.abort(stream.job)
@@ -288,5 +289,5 @@ class LinkServer:
 
 def _refused(error: RequestError) -> EndHeader:
     return EndHeader(
-        status=error.status, finish="error", error=error.slug or "refused", retryable=error.status in (429, 503)
+        status=error.status, finish="error", error=error.slug or "refused", retryable=refusals.retryable(error)
     )

@@ -11,39 +11,28 @@ import asyncio
 import itertools
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from neaptide.clock import mono_s, wall_s
-from neaptide.engine import pipe
+from neaptide.engine import pipe, refusals
 from neaptide.engine.answer import Answer, Sink
+from neaptide.engine.intake import LONG_BODY_BYTES, ROUTES, Held, Intake, Read
 from neaptide.engine.log import Log
-from neaptide.engine.prompt import Model, Prepared, encode, prepare
+from neaptide.engine.prompt import Model, Prepared
 from neaptide.engine.protocol import Description, Emission
 from neaptide.engine.report import Meters
 from neaptide.engine.requests import ENDED, PREPARING, RUNNING, WAITING, Admission, Job, Tally, Work
 from neaptide.engine.text import Text
 from neaptide.errors import RequestError
-from neaptide.link import STALL_S, LoadReport, OpenHeader
+from neaptide.link import MAX_FRAME, STALL_S, LoadReport, OpenHeader
 from neaptide.specs import ReplicaSpec
 from neaptide.wire import chunks
-from neaptide.wire.parse import (
-    Abilities,
-    Generation,
-    Tokenization,
-    parse_chat,
-    parse_completion,
-    parse_tokenize,
-    warning_header,
-)
+from neaptide.wire.parse import Generation, warning_header
 
-LONG_BODY_BYTES = 16 * 1024  # tokenising this takes about a millisecond; longer goes to a thread
-MAX_HELD_BYTES = 64 << 20  # bodies of requests that are being read or prepared, all together
-MAX_BODY_BYTES = 16 << 20
+MAX_LAST_BYTES = MAX_FRAME - (1 << 12)  # what END can carry beside its header
 TICK_S = 0.1  # deadlines in the line, stalled readers
 CROSSING_S = 0.001  # a request written this long before a step began is in it
 
 STARTING, READY, DRAINING, DEAD = "starting", "ready", "draining", "dead"
-ROUTES = ("chat.completions", "completions", "tokenize")
 
 
 class Service:
@@ -63,28 +52,25 @@ class Service:
         self.flushers: list[Callable[[], None]] = []
         self._emptied = asyncio.Event()
         self._send, self._log, self._stall_s = engine_send, log, stall_s
-        self._model: Model | None = None
+        self._intake: Intake | None = None
         self._admission: Admission | None = None
-        self._can = Abilities()
         self._work = Work()
         self._ids = itertools.count(1)
         self._open: dict[int, Job] = {}  # not ended for the client
         self._engine: dict[int, Job] = {}  # in the engine, whether anybody still reads or not
         self._fresh: list[Job] = []  # given to the engine, perhaps not yet part of a step
         self._commands: list[pipe.ToEngine] = []
-        self._preparing = 0
-        self._held_bytes = 0
+        self.held = Held()
         self._kv_usage = 0.0
         self._heard_s = mono_s()
-        self._threads = ThreadPoolExecutor(1, "prepare")
         self._tick: asyncio.TimerHandle | None = None
 
     # ------------------------------------------------------------------------------------------------ life
 
     def ready(self, model: Model, description: Description) -> None:
         """The engine is warm: take requests."""
-        self._model, self.description = model, description
-        self._can = Abilities(description.logprobs, description.json_schema)
+        self.description = description
+        self._intake = Intake(model, description)
         self._admission = Admission(description)
         self.state = READY
 
@@ -94,22 +80,20 @@ class Service:
             self.state = DRAINING
         for job in list(self._open.values()):
             if job.state in (PREPARING, WAITING):
-                self._fail(job, _draining(), retryable=True)
+                self._fail(job, refusals.draining(), retryable=True)
         self.changed()
 
     def engine_gone(self, why: str) -> None:
         """Every request ends; those the engine had not been given may be tried elsewhere."""
         self.state = DEAD
         for job in list(self._open.values()):
-            message = f"The engine process died while this request was open ({why})."
-            error = RequestError(502, message, slug="engine_died", kind="api_error")
-            self._fail(job, error, retryable=job.state != RUNNING)
+            self._fail(job, refusals.engine_died(why), retryable=job.state != RUNNING)
         self.changed()
 
     def cut(self) -> None:
         """The grace is over: end what still runs."""
         for job in list(self._open.values()):
-            self._fail(job, _draining(), retryable=False)
+            self._fail(job, refusals.draining(), retryable=False)
         self._give(mono_s())
         self.changed()
 
@@ -123,7 +107,8 @@ class Service:
             await self._emptied.wait()
 
     def stop(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._intake is not None:
+            self._intake.stop()
         if self._tick is not None:
             self._tick.cancel()
 
@@ -132,13 +117,13 @@ class Service:
         return now - self._heard_s if self._engine else 0.0
 
     def load(self) -> LoadReport:
-        admission = self._admission
-        if admission is None:
+        admission, intake = self._admission, self._intake
+        if admission is None or intake is None:
             return LoadReport(draining=self.state in (DRAINING, DEAD))
         return LoadReport(
             running=len(self._engine),
-            waiting=len(admission.waiting) + self._preparing,
-            slots=admission.slots(self._preparing) if self.state == READY else 0,
+            waiting=len(admission.waiting) + intake.preparing,
+            slots=admission.slots(intake.preparing) if self.state == READY else 0,
             free_kv_tokens=admission.free_kv_tokens,
             kv_usage=round(self._kv_usage, 4),
             step_s=round(self.meters.median_step_s(), 6),
@@ -146,18 +131,6 @@ class Service:
         )
 
     # ------------------------------------------------------------------------------------------------ requests
-
-    def reserve_bytes(self, count: int) -> RequestError | None:
-        """Count a body that is about to be read; the error when it may not be."""
-        if count > MAX_BODY_BYTES:
-            return RequestError(413, f"A body of {count} bytes exceeds {MAX_BODY_BYTES}.", slug="body_too_large")
-        if self._held_bytes + count > MAX_HELD_BYTES:
-            return _full("The replica holds as many bytes of requests as it may.")
-        self._held_bytes += count
-        return None
-
-    def release_bytes(self, count: int) -> None:
-        self._held_bytes -= count
 
     def open(self, opened: OpenHeader, body: bytes, sink: Sink, from_body: bool = False) -> Job:
         """Begin a request whose `body` was reserved before; its end comes through `sink`, perhaps before this returns.
@@ -167,17 +140,13 @@ class Service:
         self._open[job.id] = job
         self.tally.running(job)
         try:
-            self._check_open(opened)
+            intake = self._check_open(opened)
             if len(body) > LONG_BODY_BYTES:
-                self._preparing += 1
-                future = asyncio.get_running_loop().run_in_executor(self._threads, self._read, opened, body)
-                future.add_done_callback(lambda done: self._read_elsewhere(job, done, from_body))
+                intake.read_elsewhere(opened, body, lambda done: self._read_ended(job, done.result, from_body))
             else:
-                self._begin(job, self._read(opened, body), from_body)
-        except RequestError as e:
-            self._fail(job, e, retryable=e.status in (429, 503))
+                self._begin(job, intake.read(opened, body), from_body)
         except Exception as e:
-            self._unexpected(job, e)
+            self._refuse(job, e)
         self._give(now)
         self._arm()
         return job
@@ -200,75 +169,57 @@ class Service:
             if job.finish:
                 self._complete(job, job.finish)
 
-    def _check_open(self, opened: OpenHeader) -> None:
-        if self.state != READY or self._admission is None:
-            raise _draining() if self.state != STARTING else _starting()
+    def _check_open(self, opened: OpenHeader) -> Intake:
+        if self.state != READY or self._admission is None or self._intake is None:
+            raise refusals.draining() if self.state != STARTING else refusals.starting()
         if opened.route not in ROUTES:
-            raise RequestError(404, f"The route '{opened.route[:64]}' is not served here.", slug="unknown_route")
-        if not self._admission.has_room(self._preparing) and opened.route != "tokenize":
-            raise _full("The replica's waiting line is full.")
+            raise refusals.unknown_route(opened.route)
+        if not self._admission.has_room(self._intake.preparing) and opened.route != "tokenize":
+            raise refusals.full()
+        return self._intake
 
-    def _read(self, opened: OpenHeader, body: bytes) -> tuple[Generation, Prepared] | tuple[Tokenization, list[int]]:
-        """Body to prompt; runs in a thread when it is long."""
-        model, description = self._loaded()
-        if opened.route == "tokenize":
-            asked = parse_tokenize(body)
-            return asked, encode(model, asked.prompt)
-        parse = parse_chat if opened.route == "chat.completions" else parse_completion
-        generation = parse(body, self._can)
-        return generation, prepare(model, description, generation)
-
-    def _read_elsewhere(self, job: Job, done: asyncio.Future, from_body: bool) -> None:  # type: ignore[type-arg]
-        self._preparing -= 1
-        if done.cancelled() or job.state == ENDED:
+    def _read_ended(self, job: Job, result: Callable[[], Read], from_body: bool) -> None:
+        if job.state == ENDED:  # its client did not wait
             return
         try:
-            self._begin(job, done.result(), from_body)
-        except RequestError as e:
-            self._fail(job, e, retryable=e.status in (429, 503))
+            self._begin(job, result(), from_body)
         except Exception as e:
-            self._unexpected(job, e)
+            self._refuse(job, e)
         self._give(mono_s())
         self.changed()
 
-    def _unexpected(self, job: Job, e: Exception) -> None:
-        """A bug of ours or of a library, met by one request: it alone fails."""
-        where = "".join(traceback.format_exception(e))[-1024:]
-        self._log.error("unexpected", request_id=job.opened.request_id, where=where)
-        self._fail(job, _internal(e), retryable=False)
+    def _refuse(self, job: Job, e: Exception) -> None:
+        """Anything but a RequestError is a bug of ours or of a library, met by one request: it alone fails."""
+        if not isinstance(e, RequestError):
+            where = "".join(traceback.format_exception(e))[-1024:]
+            self._log.error("unexpected", request_id=job.opened.request_id, where=where)
+            e = refusals.internal(e)
+        self._fail(job, e, retryable=refusals.retryable(e))
 
-    def _loaded(self) -> tuple[Model, Description]:
-        assert self._model is not None  # noqa: S101 (callers run only once ready)
-        assert self.description is not None  # noqa: S101
-        return self._model, self.description
-
-    def _begin(
-        self, job: Job, read: tuple[Generation, Prepared] | tuple[Tokenization, list[int]], from_body: bool
-    ) -> None:
-        assert self._admission is not None  # noqa: S101 (ready)
-        asked, prepared = read
+    def _begin(self, job: Job, read: Read, from_body: bool) -> None:
+        intake, admission = self._intake, self._admission
+        assert intake is not None  # noqa: S101 (ready)
+        assert admission is not None  # noqa: S101
+        asked, opened = read.asked, job.opened
         if from_body and asked.model not in (None, self.spec.model):
-            raise RequestError(
-                404, f"The model '{asked.model[:64]}' does not exist here.", slug="model_not_found", param="model"
-            )
+            raise refusals.unknown_model(asked.model)
         if warning := warning_header(asked.ignored):
             job.sink.headers([("Warning", warning)])
-        if isinstance(asked, Tokenization) or isinstance(prepared, list):
-            ids = prepared if isinstance(prepared, list) else []
-            self._finish_bytes(job, "stop", chunks.tokenized(ids, self._loaded()[1].context_tokens))
+        if not isinstance(asked, Generation) or read.prepared is None:
+            self._finish_bytes(job, "stop", chunks.tokenized(read.ids, intake.description.context_tokens))
             return
-        opened = job.opened
         if from_body:
             opened.stream, opened.include_usage = asked.stream, asked.include_usage
-        job.prepared = prepared
-        job.answer = self._answer(job, asked, prepared)
-        if len(opened.generated_ids) >= prepared.sampling.max_tokens or job.answer.stopped:
+        job.prepared = read.prepared
+        job.answer = self._answer(job, intake.model, asked, read.prepared)
+        max_tokens = read.prepared.sampling.max_tokens
+        if len(opened.generated_ids) >= max_tokens or job.answer.stopped:
             self._complete(job, "stop" if job.answer.stopped else "length")
             return
-        self._admission.enqueue(job, prepared.sampling.max_tokens)
+        admission.enqueue(job, max_tokens)
 
-    def _answer(self, job: Job, asked: Generation, prepared: Prepared) -> Answer:
-        opened, tokenizer = job.opened, self._loaded()[0].tokenizer
+    def _answer(self, job: Job, model: Model, asked: Generation, prepared: Prepared) -> Answer:
+        opened, tokenizer = job.opened, model.tokenizer
         text = Text(tokenizer.decoder(), asked.stop, opened.generated_ids, opened.emitted_chars)
         label = chunks.Label(opened.request_id, self.spec.model, self.spec.revision, int(wall_s()))
         answer = Answer(
@@ -369,10 +320,8 @@ class Service:
 
     def _engine_refused(self, job: Job, emission: Emission) -> None:
         text = emission.error or f"The engine ended the request with '{emission.finish}'."
-        if job.output_tokens or emission.finish == "abort":
-            self._fail(job, RequestError(502, text[:500], slug="engine_error", kind="api_error"), retryable=False)
-        else:
-            self._fail(job, RequestError(400, text[:500], slug="engine_refused"), retryable=False)
+        began = bool(job.output_tokens) or emission.finish == "abort"
+        self._fail(job, refusals.engine_refused(text, began), retryable=False)
 
     # ------------------------------------------------------------------------------------------------ ends
 
@@ -384,7 +333,7 @@ class Service:
     def _finish_bytes(self, job: Job, finish: str, last: bytes) -> None:
         streaming = job.answer is not None and job.answer.streaming
         if len(last) > MAX_LAST_BYTES:
-            self._fail(job, _too_large(len(last)), retryable=False)
+            self._fail(job, refusals.answer_too_large(len(last), MAX_LAST_BYTES), retryable=False)
             return
         kind = "text/event-stream" if streaming else "application/json"
         self._end(job, finish, last, content_type=kind)
@@ -406,7 +355,7 @@ class Service:
         if job.state == RUNNING:
             job.settle(self._work)
         job.state = ENDED
-        self._held_bytes -= job.held_bytes
+        self.held.release(job.held_bytes)
         del self._open[job.id]
         self.tally.ended(job, finish)
         self.meters.ended(job, finish, mono_s())
@@ -418,8 +367,7 @@ class Service:
 
     def _expire(self, admission: Admission, now: float) -> None:
         for job in admission.expired(now):
-            message = "The request's deadline passed while it waited in the replica."
-            self._fail(job, RequestError(504, message, slug="deadline_exceeded"), retryable=False)
+            self._fail(job, refusals.deadline_passed(), retryable=False)
 
     def _arm(self) -> None:
         if self._tick is None and self._open:
@@ -441,29 +389,3 @@ class Service:
         """Let the front ends send what has gathered."""
         for flush in self.flushers:
             flush()
-
-
-MAX_LAST_BYTES = (1 << 20) - (1 << 12)  # a link frame less its header
-
-
-def _full(message: str) -> RequestError:
-    return RequestError(429, message, slug="replica_full", retry_after_s=1.0)
-
-
-def _draining() -> RequestError:
-    message = "The replica is shutting down."
-    return RequestError(503, message, slug="draining", kind="service_unavailable", retry_after_s=1.0)
-
-
-def _starting() -> RequestError:
-    message = "The replica is still starting."
-    return RequestError(503, message, slug="starting", kind="service_unavailable", retry_after_s=1.0)
-
-
-def _internal(e: Exception) -> RequestError:
-    return RequestError(500, f"The replica failed to read the request ({type(e).__name__}).", slug="internal_error")
-
-
-def _too_large(size: int) -> RequestError:
-    message = f"The answer of {size} bytes exceeds {MAX_LAST_BYTES}."
-    return RequestError(413, message, slug="answer_too_large", fix="Ask for fewer tokens, or stream.")

@@ -32,6 +32,7 @@ class Tokenizer(Protocol):
     """Thread-safe. Ids outside the vocabulary decode to nothing."""
 
     vocab_size: int
+    longest_token: int  # characters; a text of n characters has at least n / longest_token tokens
     think_open: int | None  # the ids that bracket reasoning, where the vocabulary has such tokens
     think_close: int | None
 
@@ -40,7 +41,7 @@ class Tokenizer(Protocol):
 
     def decoder(self) -> Decoder: ...
     def token_bytes(self, id: int) -> bytes:
-        """What the token shows alone; b"" for special tokens."""
+        """What the token is alone, as logprobs tell it: special tokens by their name."""
 
 
 class ByteDecoder:
@@ -69,6 +70,7 @@ class ByteTokenizer:
     """Echo's vocabulary: id 0..255 is the byte; 256 ends, 257 begins and neither shows."""
 
     vocab_size = 258
+    longest_token = 1
     think_open: int | None = None
     think_close: int | None = None
 
@@ -95,9 +97,11 @@ class ModelTokenizer:
         inner.no_padding()
         self._inner = inner
         self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
+        self.longest_token = max(map(len, inner.get_vocab(with_added_tokens=True)), default=1)
         self.think_open = inner.token_to_id("<think>")
         self.think_close = inner.token_to_id("</think>")
         added = inner.get_added_tokens_decoder()
+        self._special = {id: token.content.encode() for id, token in added.items() if token.special}
         self._cache = {id: b"" if token.special else token.content.encode() for id, token in added.items()}
         self._bytewise = isinstance(inner.decoder, decoders.ByteLevel)
 
@@ -116,6 +120,8 @@ class ModelTokenizer:
         return known
 
     def token_bytes(self, id: int) -> bytes:
+        if id in self._special:
+            return self._special[id]
         if self._bytewise:
             return self.bytes_of(id)
         return self._inner.decode([id], skip_special_tokens=True).encode()
