@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from neaptide.errors import StorageError
-from neaptide.journal import MAX_RECORD, Journal, scan, segments
+from neaptide.journal import MAX_RECORD, Journal, release_space, scan, segments
 from neaptide.types import Begin, Usage
 
 SEGMENT = 16 * MAX_RECORD
@@ -196,3 +196,28 @@ def test_a_disk_that_does_not_sync_stops_new_requests_until_it_does(tmp_path: Pa
         await journal.close()
 
     asyncio.run(body())
+
+
+def test_what_a_dead_writer_preallocated_is_given_back_and_nothing_else(tmp_path: Path) -> None:
+    async def body() -> None:
+        journal = Journal(tmp_path, SEGMENT, asyncio.get_running_loop())
+        journal.end(Usage(request_id="a"))
+        await until(lambda: ids(tmp_path, Usage) == ["a"])
+        segment = tmp_path / "00000001.log"
+        release_space(tmp_path, segment)
+        assert segment.stat().st_size == SEGMENT  # it is being written
+        await journal.close()
+
+    asyncio.run(body())
+    segment = tmp_path / "00000001.log"
+    written = segment.read_bytes()
+    segment.write_bytes(written + bytes(3 << 20))
+    (tmp_path / "spare-7.tmp").write_bytes(bytes(SEGMENT))
+    os.utime(segment, (5, 5))
+    release_space(tmp_path, segment)
+    assert segment.read_bytes() == written
+    assert segment.stat().st_mtime == 5
+    assert not list(tmp_path.glob("spare*"))
+    segment.write_bytes(bytes(5000))
+    release_space(tmp_path, segment)
+    assert segment.stat().st_size == 0

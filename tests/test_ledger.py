@@ -3,7 +3,9 @@
 import contextlib
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -236,6 +238,29 @@ def test_no_record_is_refused_by_the_database(
     assert take(ledger, Begin(request_id=name + texts[0], tenant=texts[2]), usage, journal=f"j{name}") == 1
     assert take(ledger, Begin(request_id=f"open{name}" + texts[0], tenant=texts[2]), journal=f"j{name}") == 0
     assert len(ledger.open_begins(f"j{name}")) == 1
+
+
+def test_two_that_take_the_same_journal_at_once_take_it_once(ledger: Ledger) -> None:
+    """Two controls for a moment, as in a restart; beside somebody who writes something else."""
+    records = located(*(Usage(request_id=f"r{i:03}", output_tokens=1) for i in range(400)))
+    other = Ledger(ledger.database, VirtualClock(wall_s=NOW_S))
+    start = threading.Barrier(3)
+
+    def take_all(mine: Ledger) -> int:
+        start.wait()
+        batches = [records[i : i + 20] for i in range(0, 400, 20)]
+        return sum(mine.take("j", 1, batch, batch[-1].end).rows for batch in batches)
+
+    def set_prices() -> int:
+        start.wait()
+        return max(ledger.set_prices({"m": Rate(i, i, i)}, "CNY") for i in range(1, 11))
+
+    with ThreadPoolExecutor(3) as pool:
+        taken = [pool.submit(take_all, ledger), pool.submit(take_all, other)]
+        assert pool.submit(set_prices).result(60) == 10
+        assert sum(future.result(60) for future in taken) == 400
+    assert ledger.count() == 400
+    assert sum(t.output_tokens for t in ledger.totals("tenant")) == 400
 
 
 # -- what stays open

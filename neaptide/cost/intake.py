@@ -16,13 +16,13 @@ from typing import NamedTuple
 from neaptide.clock import Clock
 from neaptide.cost.ledger import Ledger, Position, Taken
 from neaptide.errors import StorageError
-from neaptide.journal import Gap, scan, segments, writer_alive
+from neaptide.journal import Gap, release_space, scan, segments, writer_alive
 from neaptide.journal.reader import segment_path
 from neaptide.link import TallyRow
 from neaptide.types import Attempt, Begin, Usage
 
 BATCH = 1000  # records a transaction
-MAX_RECORDS = 50_000  # records a pull: the thread that asks has other work too (2 s on SQLite)
+MAX_RECORDS = 50_000  # records a pull: the thread that asks has other work too (a second on SQLite)
 DAY_S = 86400.0
 
 log = logging.getLogger("neaptide.ledger")
@@ -135,7 +135,8 @@ class Intake:
             finished = not alive or number != numbers[-1]
             yield from self._segment(journal, number, at.offset if number == at.segment else 0, finished)
         if not alive:
-            self._drained[journal] = (numbers or there)[-1]
+            self._drained[journal] = last = (numbers or there)[-1]
+            release_space(directory, segment_path(directory, last))
 
     def _segment(self, journal: str, number: int, offset: int, finished: bool) -> Iterator[Batch]:
         while True:

@@ -3,6 +3,7 @@ else passes between the two. docs/decisions/0003-journal.md holds the format and
 
 from __future__ import annotations
 
+from neaptide.journal.disk import release_space
 from neaptide.journal.reader import Gap, Located, Scan, scan, segments, writer_alive
 from neaptide.journal.record import MAX_RECORD, CorruptRecord, decode, encode
 from neaptide.journal.writer import Journal
@@ -16,6 +17,7 @@ __all__ = [
     "Scan",
     "decode",
     "encode",
+    "release_space",
     "scan",
     "segments",
     "writer_alive",
