@@ -255,13 +255,19 @@ class Client:
         if bodiless or status in (100, 204):
             pass
         elif headers.get("transfer-encoding") == "chunked":
-            while piece := await self.chunk():
-                body += piece
+            body = await self.answer_rest()
         elif "content-length" in headers:
             body = await self.reader.readexactly(int(headers["content-length"]))
         else:
             body = await self.reader.read()
         return Answer(status, headers, body)
+
+    async def answer_rest(self) -> bytes:
+        """The remaining chunks of a body."""
+        body = b""
+        while piece := await self.chunk():
+            body += piece
+        return body
 
     async def closed(self) -> bool:
         """True when the gateway ended the connection."""

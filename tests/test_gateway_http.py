@@ -311,7 +311,7 @@ def test_after_three_attempts_the_failure_is_the_answer():
             assert (answer.status, answer.body) == (503, b'{"e":1}')
             assert sum(len(r.asked) for r in replicas) == 3
             assert len({a.replica for a in running.row.attempts}) == 3
-        async with serving(slam) as (running, (replica,)):
+        async with serving(slam) as (running, (_replica,)):
             answer = await running.ask(post(chat()))
             assert (answer.status, answer.code) == (502, "replica_reset")
             assert (running.row.outcome, len(running.row.attempts)) == ("error", 3)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
-from tests.gateway_kit import PEPPER, key_row
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +19,7 @@ from neaptide.gateway.route import Target, choose
 from neaptide.gateway.sse import HideUsage, finish, usage
 from neaptide.link import LoadReport
 from neaptide.table import ReplicaRow
+from tests.gateway_kit import PEPPER, key_row
 
 SALT = bytes.fromhex(PEPPER)
 
@@ -318,6 +319,6 @@ def test_the_usage_chunk_is_hidden_wherever_reads_split_it(mark: bytes, cuts: li
     stream = mark.join([shown[0], kept, HIDDEN, shown[1], b""])
     edges = sorted({min(c, len(stream)) for c in cuts} | {0, len(stream)})
     hide = HideUsage()
-    out = b"".join(hide.feed(stream[a:b]) for a, b in zip(edges, edges[1:])) + hide.rest()
+    out = b"".join(hide.feed(stream[a:b]) for a, b in itertools.pairwise(edges)) + hide.rest()
     assert out == mark.join([shown[0], kept, shown[1], b""])
     assert b"prompt_tokens" in hide.seen

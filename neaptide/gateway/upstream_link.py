@@ -153,8 +153,6 @@ class LinkClient:
         stale = [s.id for s in self._streams.values() if s.aborted_s and now - s.aborted_s > FORGET_S]
         for number in stale:
             del self._streams[number]
-        if self._closing and not self._streams:
-            self._end()
 
     def _end(self) -> None:
         self._task.cancel()
@@ -244,6 +242,8 @@ class LinkClient:
                 if stream.batch is not None:
                     _deliver(stream, now)
                 stream.sink.on_link_end(_decode_end(header), rest, now)
+                if self._closing and not self._streams:
+                    self._end()
         elif kind == LOAD and number == 0:
             self.target.heard(_decode_load(payload))
             self._on_room()
