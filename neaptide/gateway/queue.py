@@ -122,7 +122,7 @@ def too_long(ticket: Ticket[T], retry_after_s: float) -> RequestError:
     waited_s = ticket.due_s - ticket.entered_s
     return RequestError(
         429,
-        f"No replica was free {'before the deadline of the request' if ticket.hasty else 'in time'} ({waited_s:.1f} s).",
+        f"No replica was free {'before its deadline' if ticket.hasty else 'in time'} ({waited_s:.1f} s).",
         slug="deadline_passed" if ticket.hasty else "wait_expired",
         retry_after_s=retry_after_s,
     )
