@@ -8,6 +8,7 @@ ENGINE_DIED so that whoever started it starts a fresh one: an I/O process withou
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -96,6 +97,8 @@ class Replica:
         self._stages |= told.stages
         self._stages["ready_s"] = mono_s() - began_s
         if self._service.state == STARTING:
+            gc.collect()
+            gc.freeze()  # what the start has built lives as long as we do: no collection need look at it again
             self._service.ready(model, told.description)
             self._link.greet()
             self._log.info("ready", stages=self._stages)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import msgspec
-from msgspec import Meta, Raw
+from msgspec import Raw
 
 from neaptide.errors import RequestError
+from neaptide.wire.bodies import ChatBody, CommonBody, CompletionBody, Message, Part, TokenizeBody
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 128  # a held-back tail is at most this long; it also bounds the matching work a token
@@ -26,10 +27,6 @@ MAX_TEMPLATE_KWARGS = 16
 MAX_WARNING_BYTES = 512
 ROLES = frozenset({"system", "developer", "user", "assistant"})
 
-_Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
-_Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-_Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-_Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 T = TypeVar("T")
 
 
@@ -38,77 +35,6 @@ class Abilities(NamedTuple):
 
     logprobs: int = 0  # most alternatives a token
     json_schema: bool = False
-
-
-class _Part(msgspec.Struct):
-    type: str = "text"
-    text: str | None = None
-
-
-class _Message(msgspec.Struct):
-    role: str
-    content: str | list[_Part] | None = None
-    name: str | None = None
-    tool_calls: list[Raw] | None = None
-    function_call: Any = None
-
-
-class _StreamOptions(msgspec.Struct):
-    include_usage: bool | None = None
-
-
-class _Common(msgspec.Struct, kw_only=True):
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
-    max_tokens: _Tokens | None = None
-    temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
-    stop: str | list[str] | None = None
-    seed: _Seed | None = None
-    presence_penalty: _Penalty | None = None
-    frequency_penalty: _Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0.0, le=2.0)] | None = None
-    min_tokens: _Count | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: list[_Count] | None = None
-    response_format: dict[str, Raw] | None = None
-    # Read only to be refused when they ask for something.
-    n: int | None = None
-    best_of: int | None = None
-    logit_bias: dict[str, float] | None = None
-    tools: list[Raw] | None = None
-    tool_choice: Any = None
-    functions: list[Raw] | None = None
-    function_call: Any = None
-    audio: Any = None
-    modalities: list[str] | None = None
-
-
-class _Chat(_Common, kw_only=True):
-    messages: list[_Message]
-    max_completion_tokens: _Tokens | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    add_generation_prompt: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-class _Completion(_Common, kw_only=True):
-    prompt: str | list[str | int | list[_Count]]
-    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    echo: bool | None = None
-    suffix: str | None = None
-
-
-class _Tokenize(msgspec.Struct, kw_only=True):
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[_Message] | None = None
-    add_generation_prompt: bool | None = None
-    add_special_tokens: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
 
 
 # Fields that clients send as a matter of course and that change no answer of ours: no warning for them.
@@ -161,9 +87,9 @@ class Tokenization(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _fields = msgspec.json.Decoder(dict[str, Raw])
-_chat = msgspec.json.Decoder(_Chat)
-_completion = msgspec.json.Decoder(_Completion)
-_tokenize = msgspec.json.Decoder(_Tokenize)
+_chat = msgspec.json.Decoder(ChatBody)
+_completion = msgspec.json.Decoder(CompletionBody)
+_tokenize = msgspec.json.Decoder(TokenizeBody)
 
 
 def parse_chat(body: bytes, can: Abilities = Abilities()) -> Generation:  # noqa: B008 (immutable)
@@ -266,7 +192,7 @@ def _refuse(param: str | None, message: str) -> NoReturn:
 # ------------------------------------------------------------------------------------------------------- checking
 
 
-def _refuse_common(raw: _Common) -> None:
+def _refuse_common(raw: CommonBody) -> None:
     for name in ("n", "best_of"):
         value = getattr(raw, name)
         if value is not None and value != 1:
@@ -281,7 +207,7 @@ def _refuse_common(raw: _Common) -> None:
         _refuse("modalities", "Only the modality 'text' is supported.")
 
 
-def _messages(given: list[_Message]) -> list[dict[str, str]]:
+def _messages(given: list[Message]) -> list[dict[str, str]]:
     if not given:
         _refuse("messages", "'messages' is empty: at least one message is needed.")
     if len(given) > MAX_MESSAGES:
@@ -303,7 +229,7 @@ def _messages(given: list[_Message]) -> list[dict[str, str]]:
     return out
 
 
-def _content(content: str | list[_Part] | None, i: int) -> str:
+def _content(content: str | list[Part] | None, i: int) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     for j, part in enumerate(content):
@@ -409,7 +335,7 @@ def _depth(value: Any) -> int:
 
 
 def _generation(
-    raw: _Common,
+    raw: CommonBody,
     prompt: Prompt,
     limit: int | None,
     logprobs: int | None,
