@@ -168,6 +168,27 @@ def test_records_wait_for_a_disk_that_fails_and_then_takes_them(tmp_path: Path, 
     assert ids(tmp_path, Usage) == ["a", "b", "c"]
 
 
+def test_clients_are_not_held_for_ever_and_their_records_are_still_written(tmp_path: Path) -> None:
+    disk = BrokenDisk()
+
+    async def body() -> None:
+        journal = Journal(tmp_path, SEGMENT, asyncio.get_running_loop(), hold_s=0.0, pwrite=disk.pwrite)
+        journal.begin(Begin(request_id="a"))
+        await until(lambda: ids(tmp_path, Begin) == ["a"])
+        disk.broken = True
+        sent: list[int] = []
+        journal.end(Usage(request_id="a"), lambda: sent.append(1))
+        await until(lambda: sent == [1])
+        assert "cannot be written" in (journal.refusal() or "")
+        disk.broken = False
+        await until(lambda: journal.refusal() is None)
+        assert sent == [1]
+        await journal.close()
+
+    asyncio.run(body())
+    assert ids(tmp_path, Usage) == ["a"]
+
+
 def test_a_journal_closed_on_a_broken_disk_says_how_much_is_lost(tmp_path: Path) -> None:
     disk = BrokenDisk()
 

@@ -132,4 +132,12 @@ def _begin(connection: sa.Connection) -> None:
 
 def _postgresql(url: str) -> sa.Engine:
     parsed = sa.make_url(url).set(drivername="postgresql+psycopg")
-    return sa.create_engine(parsed, hide_parameters=True, pool_pre_ping=True, pool_size=3, max_overflow=2)
+    return sa.create_engine(
+        parsed,
+        hide_parameters=True,
+        pool_pre_ping=True,
+        pool_size=3,
+        max_overflow=2,
+        # A server that has vanished must not hold the ledger's thread: it is an error, and tried again.
+        connect_args={"connect_timeout": 10, "tcp_user_timeout": 30_000},
+    )

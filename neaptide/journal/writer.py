@@ -51,12 +51,14 @@ class Journal:
         loop: asyncio.AbstractEventLoop,
         *,
         sync_s: float = SYNC_S,
+        hold_s: float = HOLD_S,
         pwrite: Callable[[int, bytes, int], int] = os.pwrite,
         sync: Callable[[int, int | None], None] = disk.sync,
     ) -> None:
         if segment_bytes < 4 * MAX_RECORD:
             raise ValueError(f"segment_bytes {segment_bytes} is under {4 * MAX_RECORD}")
         self.directory, self._segment_bytes, self._loop, self._sync_s = directory, segment_bytes, loop, sync_s
+        self._hold_s = hold_s
         self._pwrite, self._sync_disk = pwrite, sync  # a failing disk can be put here
         self.unrecorded = 0  # refused requests that a full disk left without a row
         self._lines: list[bytes] = []
@@ -197,13 +199,13 @@ class Journal:
                 self._loop.call_exception_handler({"message": "a journal callback failed", "exception": e})
 
     def _stall(self, error: OSError) -> None:
-        """Keeps the lines, refuses new requests, tries again; after HOLD_S the clients get their last bytes anyway."""
+        """Keeps the lines, refuses new requests, tries again; after hold_s the clients get their last bytes anyway."""
         now = clock.mono_s()
         if self._stalled_s is None:
             self._stalled_s = now
             log.error("journal writes fail: %s", error)
         self._write_error = disk.describe(error, self.directory, self._segment_bytes)
-        if now - self._stalled_s >= HOLD_S:
+        if now - self._stalled_s >= self._hold_s:
             self._run_thens()
         if not self._closed and not self._scheduled:
             self._scheduled = True
