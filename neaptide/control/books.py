@@ -95,6 +95,7 @@ class Books:
                 self._error = ""
             except StorageError as e:  # the journals wait; status shows why
                 self._error = str(e)
+                self._look_for_dead = True  # it may have been that which failed
                 await asyncio.sleep(1.0)
 
     async def _pull(self) -> None:
