@@ -213,6 +213,12 @@ def test_a_resume_with_nothing_left_ends_at_once(client: LinkClient) -> None:
     assert heard.body["choices"][0]["text"] == "b"
 
 
+@pytest.mark.parametrize("header", [{"generated_ids": [-1]}, {"generated_ids": [258]}, {"emitted_chars": -1}])
+def test_a_resume_from_what_this_model_cannot_have_said_is_refused(client: LinkClient, header: dict[str, Any]) -> None:
+    heard = client.call(text("abc"), "completions", **header)
+    assert (ended(heard).status, ended(heard).error) == (400, "impossible_resume")
+
+
 # ---------------------------------------------------------------------------------------------------- refusals
 
 

@@ -16,6 +16,7 @@ from neaptide.wire import chunks
 from neaptide.wire.chunks import Logprob
 
 QUIET_TOKENS = 16  # a non-streaming request's ids are told in groups of this many
+QUIET_AT_MOST = 1024  # pieces in one frame once credit has come back
 THINK_TAIL = 16  # prompt tokens that may follow a template's opening of the reasoning
 MAX_DATA = 256 * 1024  # of one coalesced chunk, far below the link's frame limit
 
@@ -145,11 +146,12 @@ class Answer:
             self._tell_quietly()
 
     def _tell_quietly(self) -> None:
-        ids = [id for piece in self._pieces for id in piece.ids]
+        take = min(len(self._pieces), QUIET_AT_MOST)
+        ids = [id for piece in self._pieces[:take] for id in piece.ids]
         if ids and 2 + 4 * len(ids) <= self._sink.credit:
             self._sink.token(ids, b"")
             self.sent += len(ids)
-            self._pieces.clear()
+            del self._pieces[:take]
 
     def _send_some(self, stream: chunks.Stream) -> bool:
         """One chunk of as many held pieces as the credit takes; halved until it fits. False when not even one does."""

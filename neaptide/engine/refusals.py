@@ -44,6 +44,11 @@ def answer_too_large(size: int, most: int) -> RequestError:
     return RequestError(413, message, slug="answer_too_large", fix="Ask for fewer tokens, or stream.")
 
 
+def impossible_resume() -> RequestError:
+    message = "The tokens to continue from are not of this model's vocabulary."
+    return RequestError(400, message, slug="impossible_resume")
+
+
 def unknown_route(route: str) -> RequestError:
     return RequestError(404, f"The route '{route[:64]}' is not served here.", slug="unknown_route")
 

@@ -203,6 +203,7 @@ class Service:
         asked, opened = read.asked, job.opened
         if from_body and asked.model not in (None, self.spec.model):
             raise refusals.unknown_model(asked.model)
+        _check_resume(opened, intake.description)
         if warning := warning_header(asked.ignored):
             job.sink.headers([("Warning", warning)])
         if not isinstance(asked, Generation) or read.prepared is None:
@@ -281,7 +282,10 @@ class Service:
                 del self._engine[job.id]
                 self._admission.release(job)
             if job.state != ENDED:
-                self._advance(job, emission, now)
+                try:
+                    self._advance(job, emission, now)
+                except Exception as e:  # the others in this step go on
+                    self._refuse(job, e)
         fresh = self._fresh
         self._admission.heard(message.capacity, sum(job.kv_blocks for job in fresh), len(fresh))
         self._give(now)
@@ -389,3 +393,10 @@ class Service:
         """Let the front ends send what has gathered."""
         for flush in self.flushers:
             flush()
+
+
+def _check_resume(opened: OpenHeader, description: Description) -> None:
+    """What was generated elsewhere must be of this engine's vocabulary."""
+    ids = opened.generated_ids
+    if opened.emitted_chars < 0 or (ids and not 0 <= min(ids) <= max(ids) < description.vocab_size):
+        raise refusals.impossible_resume()
