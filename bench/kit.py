@@ -261,11 +261,11 @@ class Up:
 
 @contextmanager
 def up(config: str, *, port: int = 0) -> Iterator[Up]:
-    """`neaptide up -d` with this neaptide.yaml, on a free port and a state directory of its own; down at the end."""
+    """`neaptide up -d` with this neaptide.yaml, on a free port (0) and a state directory of its own; down at the end."""
     with tempfile.TemporaryDirectory(prefix="neaptide-bench-") as scratch:
         file, state = Path(scratch, "neaptide.yaml"), Path(scratch, "state")
         file.write_text(config)
-        command = [NEAPTIDE, "up", "-d", "-f", str(file), "--state", str(state), "--port", str(port or free_port())]
+        command = [NEAPTIDE, "up", "-d", "-f", str(file), "--state", str(state), "--port", str(port)]
         started = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300, check=False)
         if started.returncode:
             raise BenchError(f"{' '.join(command)} failed ({started.returncode}):\n{started.stderr}{started.stdout}")

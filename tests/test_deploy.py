@@ -62,6 +62,14 @@ def test_everything_the_containerfile_copies_is_in_the_tree() -> None:
     assert [s for s in sources if not (ROOT / s).exists()] == []
 
 
+def test_the_build_context_holds_what_is_copied_and_no_secrets() -> None:
+    kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert (ROOT / ".dockerignore").read_text().splitlines()[1] == "*"  # everything else stays out, .neaptide too
+    copied = [part for rest in named("COPY") for part in rest.split()[:-1] if not part.startswith("--")]
+    assert set(copied) <= set(kept)
+    assert [name for name in kept if not (ROOT / name).exists()] == []
+
+
 def test_the_container_runs_as_nobody_in_particular_and_tells_its_health() -> None:
     last_stage = len(instructions()) - [kind for kind, _ in instructions()][::-1].index("FROM")
     kinds = dict(instructions()[last_stage:])

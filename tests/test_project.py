@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -152,6 +153,39 @@ def test_both_readmes_name_the_same_documents() -> None:
         return {t for t in re.findall(r"\]\(([^)\s]+)\)", text) if not t.startswith("README")}
 
     assert targets("README.zh-CN.md") <= targets("README.md")
+
+
+# ------------------------------------------------------------------------------------------------ make
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_alone_tells_its_targets() -> None:
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.M)
+    assert targets is not None
+    told = set(re.findall(r"^make ([a-z]+)", done.stdout, flags=re.M))
+    assert told == set(targets.group(1).split()) - {"help"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_names_the_fix_where_no_python_will_do(tmp_path: Path) -> None:
+    # Given a path with spaces and a python3 that is too old, when .venv is wanted, then the error says what to install.
+    here = tmp_path / "a checkout"
+    commands = here / "commands"
+    commands.mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", here)
+    (commands / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (commands / "python3").chmod(0o755)
+    make = shutil.which("make")
+    assert make is not None
+    environment = {"PATH": str(commands)}
+    done = subprocess.run(
+        [make, ".venv/bin/python"], cwd=here, env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode != 0
+    assert "no Python 3.11, 3.12 or 3.13" in done.stderr
+    assert "fix" in done.stderr
+    assert not (here / ".venv").exists()
 
 
 # ------------------------------------------------------------------------------------------------ the wheel
