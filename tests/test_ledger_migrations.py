@@ -33,7 +33,8 @@ def test_the_steps_lead_to_the_tables_that_the_code_works_with(tmp_path: Path) -
     ledger = open_ledger("", tmp_path, CLOCK)
     with ledger.database.read() as connection:
         assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
-        assert migrate.current(connection) == migrate.head()
+        assert migrate.current(connection) == migrate.revisions()[-1]
+        assert MigrationContext.configure(connection).get_current_revision() == migrate.revisions()[-1]
     ledger.close()
 
 
