@@ -16,7 +16,7 @@ import pytest
 
 from neaptide.control import inference, openapi
 from neaptide.control.admin import OPERATIONS
-from neaptide.wire import parse
+from neaptide.wire import bodies, parse
 from tests.admin_fake import TOKEN, FakeControl, admin_server
 
 DOCUMENTS = {
@@ -120,7 +120,8 @@ def test_the_admin_document_has_every_route_and_nothing_else() -> None:
 def test_the_inference_document_has_the_gateways_routes() -> None:
     spoken = {(path, method) for path, method, _ in operations(DOCUMENTS["inference", "en"])}
     assert spoken == {
-        ("/v1/models", "get"), ("/v1/chat/completions", "post"), ("/v1/completions", "post"), ("/tokenize", "post"),
+        ("/v1/models", "get"), ("/v1/models/{model}", "get"),
+        ("/v1/chat/completions", "post"), ("/v1/completions", "post"), ("/tokenize", "post"),
         ("/health", "get"), ("/health/ready", "get"), ("/version", "get"), ("/metrics", "get"),
     }  # fmt: skip
 
@@ -133,9 +134,9 @@ REFUSED |= {"echo", "suffix"}
 @pytest.mark.parametrize(
     ("described", "parsed"),
     [
-        (inference.ChatCompletionRequest, parse._Chat),
-        (inference.CompletionRequest, parse._Completion),
-        (inference.TokenizeRequest, parse._Tokenize),
+        (inference.ChatCompletionRequest, bodies.ChatBody),
+        (inference.CompletionRequest, bodies.CompletionBody),
+        (inference.TokenizeRequest, bodies.TokenizeBody),
     ],
 )
 def test_request_bodies_are_described_as_the_replica_parses_them(

@@ -232,7 +232,7 @@ def _port(key: str, host: str, port: int) -> Check:
 
 
 def _ledger(settings: Settings | None, state: StateDir) -> list[Check]:
-    if settings is not None and settings.ledger.url:
+    if settings is not None and settings.ledger.url.startswith("postgres"):
         return [Check("ledger", "ok", "in PostgreSQL; see `neaptide status`")]
     path = state.root / "ledger.db"
     if not path.exists():

@@ -226,6 +226,18 @@ class ModelList(Told, kw_only=True):
     data: list[ModelEntry]
 
 
+class Health(Told, kw_only=True):
+    """Whether the gateway has what it needs to serve."""
+
+    status: Literal["ready", "starting"]
+
+
+class Version(Told, kw_only=True):
+    """What runs."""
+
+    version: str
+
+
 class Tokenized(Told, kw_only=True):
     """The token ids of a prompt."""
 
@@ -255,16 +267,18 @@ class Service(NamedTuple):
     id: str
     method: str
     path: str
-    answer: Any  # a struct (JSON), "text", or a free object
+    answer: Any  # a struct (JSON), or str (plain text)
     body: Any = None
     chunk: Any = None  # the struct of a stream's events
     open: bool = False  # needs no key
+    unready: bool = False  # 503 with the same answer while it starts
     errors: tuple[int, ...] = ()
 
 
-_GENERATION_ERRORS = (400, 401, 403, 404, 413, 415, 429, 500, 502, 503, 504, 507)
+_GENERATION_ERRORS = (400, 401, 403, 404, 408, 413, 415, 429, 431, 500, 502, 503, 504, 507)
 SERVICES = (
     Service("listModels", "GET", "/v1/models", ModelList, errors=(401,)),
+    Service("getModel", "GET", "/v1/models/{model}", ModelEntry, errors=(401, 404)),
     Service(
         "createChatCompletion",
         "POST",
@@ -284,9 +298,9 @@ SERVICES = (
         errors=_GENERATION_ERRORS,
     ),
     Service("tokenize", "POST", "/tokenize", Tokenized, TokenizeRequest, errors=_GENERATION_ERRORS),
-    Service("getHealth", "GET", "/health", dict[str, Any], open=True),
-    Service("getReady", "GET", "/health/ready", dict[str, Any], open=True, errors=(503,)),
-    Service("getVersion", "GET", "/version", dict[str, Any], open=True),
+    Service("getHealth", "GET", "/health", Health, open=True),
+    Service("getReady", "GET", "/health/ready", Health, open=True, unready=True),
+    Service("getVersion", "GET", "/version", Version, open=True),
     Service("getMetrics", "GET", "/metrics", str, open=True),
 )
 # name, JSON schema; "header.<name>" is the text in the catalogue.

@@ -128,7 +128,10 @@ def inference_document(base_url: str, language: str = "en") -> Json:
 def _service(s: Service, refs: dict[Any, Json], language: str) -> Json:
     out: Json = {"operationId": s.id, "summary": text(f"service.{s.id}", language)}
     out["security"] = [] if s.open else [{"bearer": []}]
-    if s.body is not None:
+    if s.body is None:
+        parameters = [_path_parameter(name, language) for name in _placeholders(s.path)]
+        out |= {"parameters": parameters} if parameters else {}
+    else:
         out["parameters"] = [
             {"name": name, "in": "header", "schema": schema, "description": text(f"header.{name}", language)}
             for name, schema in HEADERS
@@ -137,11 +140,13 @@ def _service(s: Service, refs: dict[Any, Json], language: str) -> Json:
     if s.answer is str:
         content: Json = {"text/plain": {"schema": {"type": "string"}}}
     else:
-        content = _json(refs.get(s.answer, {"type": "object"}))
+        content = _json(refs[s.answer])
     if s.chunk is not None:
         content["text/event-stream"] = {"schema": refs[s.chunk]}
     ok = {"description": text("status.200", language), "content": content}
     out["responses"] = {"200": ok, **_errors(s.errors, refs[OpenAIErrorBody], language)}
+    if s.unready:
+        out["responses"] |= _errors((503,), refs[s.answer], language)
     return out
 
 

@@ -147,7 +147,7 @@ def _curl(api: str, base: str, path: str, method: str, op: dict[str, Any]) -> st
     """A command that works as it stands, given the key or the token."""
     name = op["operationId"]
     query = QUERIES.get(name) if api == "admin" else None
-    target = f"{base}{path}{'?' + query if query else ''}".replace("{id}", "KEY_ID")
+    target = f"{base}{path}{'?' + query if query else ''}".replace("{id}", "KEY_ID").replace("{model}", "guide")
     parts = ["curl", *([] if method in ("GET", "POST") else ["-X", method]), shlex.quote(target)]
     if op["security"]:
         secret = '"$OPENAI_API_KEY"' if api == "inference" else ADMIN
