@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from neaptide import link
-from neaptide.engine.replica import ENGINE_DIED
+from neaptide.engine.life import ENGINE_DIED
 from neaptide.link import EndHeader
 from tests.link_client import Heard
 from tests.replica_process import ReplicaProcess, wait_for
@@ -63,7 +63,7 @@ def test_the_stages_of_a_start_are_measured_and_health_tells_readiness(start: St
     status, body = replica.get("/health")
     told = json.loads(body)
     assert (status, told["status"]) == (200, "ready")
-    assert set(told["stages"]) >= {"listening_s", "spawn_s", "tokenizer_s", "ready_s"}
+    assert set(told["stages"]) >= {"spawn_s", "io_import_s", "listening_s", "tokenizer_s", "ready_s"}
     assert json.loads(replica.get("/stages")[1]) == told["stages"]
 
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -16,8 +16,6 @@ from neaptide import lifeline
 from neaptide.engine import pipe
 from neaptide.errors import ProcessError
 from neaptide.specs import ReplicaSpec
-
-READ_BYTES = 1 << 18
 
 
 class Listener(Protocol):
@@ -78,8 +76,15 @@ class _EngineEnd(asyncio.Protocol):
         self._listener.gone(str(exc) if exc is not None else "its end of the pipe closed")
 
 
-async def spawn(spec: ReplicaSpec, listener: Listener) -> EngineChild:
-    """Start the engine process; its Ready comes to `listener`. ProcessError when it cannot be started."""
+class Started(NamedTuple):
+    """An engine process that has its spec and loads; `sock` is our end of the pipe, which keeps what it says."""
+
+    process: subprocess.Popen[bytes]
+    sock: socket.socket
+
+
+def start(spec: ReplicaSpec) -> Started:
+    """Start the engine process. ProcessError when that fails."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     ours.setblocking(False)
     inherited = [theirs.fileno()]
@@ -87,7 +92,7 @@ async def spawn(spec: ReplicaSpec, listener: Listener) -> EngineChild:
         inherited.append(fd)
     argv = [sys.executable, "-m", "neaptide.engine.core", str(theirs.fileno())]
     try:
-        process = subprocess.Popen(argv, stdin=subprocess.PIPE, pass_fds=inherited)  # noqa: ASYNC220 (fork is brief)
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, pass_fds=inherited)
     except OSError as e:
         raise ProcessError(f"the engine process cannot be started: {e}", why=os.strerror(e.errno or 0)) from e
     finally:
@@ -101,5 +106,11 @@ async def spawn(spec: ReplicaSpec, listener: Listener) -> EngineChild:
     except BrokenPipeError as e:
         code = process.wait()
         raise ProcessError(f"the engine process ended at once with code {code}", why="its error is on stderr") from e
-    transport, _ = await asyncio.get_running_loop().create_connection(lambda: _EngineEnd(listener), sock=ours)
-    return EngineChild(process, transport)
+    return Started(process, ours)
+
+
+async def attach(started: Started, listener: Listener) -> EngineChild:
+    """From here on what the engine says comes to `listener`."""
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_connection(lambda: _EngineEnd(listener), sock=started.sock)
+    return EngineChild(started.process, transport)
