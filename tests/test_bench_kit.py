@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -162,3 +164,14 @@ def test_the_mock_replica_closes_on_a_wrong_boot_token(gateway: Gateway) -> None
     greet(gateway, "somebody else's")
     with pytest.raises((ConnectionError, OSError)):
         gateway.until(lambda f: True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["startup", "gateway", "link", "soak"])
+def test_a_benchmark_runs_from_end_to_end(name: str) -> None:
+    # What it measures in a second means nothing; that it starts, drives, stops and writes its file does.
+    command = [sys.executable, "-m", "bench", "--quick", name]
+    done = subprocess.run(command, cwd=kit.ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "written to bench/results/" in done.stdout
