@@ -26,7 +26,6 @@ LAYERS = (
 NEIGHBOURS = {
     ("config", "table"): "the limits and timeouts an operator writes are the ones gateways are told",
     ("journal", "clock"): "a record's time comes from where all time comes from",
-    ("engine", "models"): "the built-in model's directory is what a replica loads",
 }
 
 
@@ -120,10 +119,12 @@ def test_imports_within_a_package_and_downwards_are_free() -> None:
     assert wrong(ROOT / "gateway" / "door.py", text) == []
 
 
-def test_neighbours_are_on_one_layer_and_say_why() -> None:
+def test_neighbours_are_on_one_layer_say_why_and_are_needed() -> None:
+    used = {(room(path), there) for path in sources() for _, there in arrows(path, path.read_text(encoding="utf-8"))}
     for (one, other), reason in NEIGHBOURS.items():
         assert depth(one) == depth(other)
         assert reason
+        assert (one, other) in used
 
 
 def test_no_module_imports_an_engine_or_a_driver_library_outside_its_adapter() -> None:
