@@ -19,7 +19,7 @@ from neaptide.clock import VirtualClock
 from neaptide.cost import schema
 from neaptide.cost.ledger import Ledger, Position, UsageFilter, open_ledger
 from neaptide.cost.prices import Rate
-from neaptide.errors import StorageError
+from neaptide.errors import RequestError, StorageError
 from neaptide.journal import Located, decode, encode
 from neaptide.types import Attempt, Begin, Usage
 
@@ -215,7 +215,7 @@ def test_no_record_is_refused_by_the_database(
     ledger.set_prices({"m": Rate(10**15, 10**15, 10**15)}, "CNY")
     name = secrets.token_hex(8)
     usage = Usage(
-        request_id=name + texts[0],
+        request_id=name + texts[0][:6],  # ids are ours, of 26 characters
         client_id=texts[1],
         tenant=texts[2],
         key=texts[3],
@@ -234,8 +234,8 @@ def test_no_record_is_refused_by_the_database(
         reasoning_tokens=counts[6],
         started_wall_s=started,
     )
-    assert take(ledger, Begin(request_id=name + texts[0], tenant=texts[2]), usage, journal=f"j{name}") == 1
-    assert take(ledger, Begin(request_id=f"open{name}" + texts[0], tenant=texts[2]), journal=f"j{name}") == 0
+    assert take(ledger, Begin(request_id=name + texts[0][:6], tenant=texts[2]), usage, journal=f"j{name}") == 1
+    assert take(ledger, Begin(request_id=f"open{name}" + texts[0][:6], tenant=texts[2]), journal=f"j{name}") == 0
     assert len(ledger.open_begins(f"j{name}")) == 1
 
 
@@ -360,6 +360,23 @@ def test_pages_show_every_row_once_newest_first(ledger: Ledger) -> None:
             break
     assert seen == [r.request_id for r in reversed(rows)]
     assert pages == 5
+
+
+@pytest.mark.parametrize("cursor", ["x", "nan~a", "~", "inf~", "\0~\0"])
+def test_a_cursor_of_somebody_elses_is_refused(ledger: Ledger, cursor: str) -> None:
+    with pytest.raises(RequestError, match="not a cursor of ours") as caught:
+        ledger.usage(cursor=cursor)
+    assert caught.value.status == 400
+
+
+def test_requests_that_started_together_are_paged_once_each(ledger: Ledger) -> None:
+    take(ledger, *(Usage(request_id=f"r{i}", started_wall_s=NOW_S + 0.1) for i in range(7)))
+    seen, cursor = [], ""
+    for _ in range(4):
+        page = ledger.usage(cursor=cursor, limit=2)
+        seen += [r.usage.request_id for r in page.receipts]
+        cursor = page.cursor or ""
+    assert seen == [f"r{i}" for i in reversed(range(7))]
 
 
 @pytest.mark.parametrize(

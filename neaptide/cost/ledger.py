@@ -155,7 +155,7 @@ class Ledger:
     # -- reports
 
     def usage(self, where: UsageFilter | None = None, *, cursor: str | None = None, limit: int = 100) -> Page:
-        """Newest first (by request_id, which is time-ordered), at most `limit` (<= MAX_PAGE) receipts a page."""
+        """Newest first, at most `limit` (<= MAX_PAGE) receipts a page. RequestError 400 for a foreign cursor."""
         with self.database.read() as connection:
             return report.page(connection, where or UsageFilter(), cursor, limit)
 

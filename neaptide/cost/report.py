@@ -11,7 +11,8 @@ import msgspec
 import sqlalchemy as sa
 
 from neaptide.cost import schema
-from neaptide.cost.rows import HOUR_S, MODEL_KNOWN, SUMS, usage_of
+from neaptide.cost.rows import HOUR_S, MODEL_KNOWN, SUMS, text, usage_of
+from neaptide.errors import RequestError
 from neaptide.types import Usage
 
 By = Literal["tenant", "project", "key", "model", "outcome", "day"]
@@ -70,21 +71,39 @@ class Total(msgspec.Struct, kw_only=True):
 
 
 def page(connection: sa.Connection, where: UsageFilter, cursor: str | None, limit: int) -> Page:
-    """Newest first, at most `limit` (<= MAX_PAGE) receipts, of requests before `cursor`."""
+    """Newest first (by start, then id), at most `limit` (<= MAX_PAGE) receipts, of requests before `cursor`.
+    RequestError 400 for a cursor that is none of ours."""
     limit = max(1, min(limit, MAX_PAGE))
     table, charges = schema.usage, schema.charges
+    order = (table.c.started_wall_s, table.c.request_id)
     query = (
         sa.select(table, charges.c.amount_nanos.label("amount_nanos"))
         .join_from(table, charges, charges.c.request_id == table.c.request_id, isouter=True)
         .where(*_named(table.c.model, where), *_between(where.since_s, where.until_s))
-        .order_by(table.c.request_id.desc())
+        .order_by(*(column.desc() for column in order))
         .limit(limit + 1)
     )
+    if where.outcome and where.outcome != "ok":
+        query = query.where(schema.NOT_OK)  # as the index says it
     if cursor:
-        query = query.where(table.c.request_id < cursor)
+        query = query.where(sa.tuple_(*order) < sa.tuple_(*_place(cursor)))
     rows = [row._asdict() for row in connection.execute(query)]
     receipts = tuple(Receipt(usage_of(row), row["amount_nanos"]) for row in rows[:limit])
-    return Page(receipts, receipts[-1].usage.request_id if len(rows) > limit else None)
+    if len(rows) <= limit:
+        return Page(receipts, None)
+    last = receipts[-1].usage
+    return Page(receipts, f"{last.started_wall_s!r}~{last.request_id}")
+
+
+def _place(cursor: str) -> tuple[float, str]:
+    started, _, request_id = cursor.partition("~")
+    try:
+        place = (float(started), text(request_id))
+    except ValueError:
+        place = (math.nan, "")
+    if not math.isfinite(place[0]):
+        raise RequestError(400, f"{cursor!r} is not a cursor of ours.", param="cursor", slug="invalid_cursor")
+    return place
 
 
 def totals(connection: sa.Connection, by: By, where: UsageFilter) -> tuple[Total, ...]:

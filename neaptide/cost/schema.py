@@ -17,6 +17,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    text,
 )
 
 metadata = MetaData()
@@ -75,7 +76,7 @@ keys = Table(
 usage = Table(
     "usage",
     metadata,
-    Column("request_id", Text, primary_key=True),  # time-ordered: also the order of pages
+    Column("request_id", Text, primary_key=True),
     Column("client_id", Text, nullable=False),
     Column("tenant", Text, nullable=False),
     Column("project", Text, nullable=False),
@@ -107,7 +108,18 @@ usage = Table(
     Column("degraded", Text, nullable=False),
     Column("attempts", Text, nullable=False),  # JSON list of {replica, tokens}
     Column("price_version", Integer, nullable=False),
-    Index("usage_started", "started_wall_s"),  # retention, and ranges of time
+)
+
+# Pages are in the order of the start; a rare key or the few failures are found without walking through all rows.
+NOT_OK = text("outcome <> 'ok'")
+Index("usage_started", usage.c.started_wall_s, usage.c.request_id)
+Index("usage_key", usage.c.key, usage.c.started_wall_s, usage.c.request_id)
+Index(
+    "usage_not_ok",
+    usage.c.started_wall_s,
+    usage.c.request_id,
+    sqlite_where=NOT_OK,
+    postgresql_where=NOT_OK,
 )
 
 charges = Table(

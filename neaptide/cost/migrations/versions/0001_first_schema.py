@@ -128,7 +128,12 @@ def _usage() -> None:
         sa.Column("price_version", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("request_id"),
     )
-    op.create_index("usage_started", "usage", ["started_wall_s"], unique=False)
+    not_ok = sa.text("outcome <> 'ok'")
+    op.create_index("usage_started", "usage", ["started_wall_s", "request_id"])
+    op.create_index("usage_key", "usage", ["key", "started_wall_s", "request_id"])
+    op.create_index(
+        "usage_not_ok", "usage", ["started_wall_s", "request_id"], sqlite_where=not_ok, postgresql_where=not_ok
+    )
 
 
 def _sums() -> None:
