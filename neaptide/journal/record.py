@@ -18,9 +18,9 @@ from neaptide.types import Attempt, Begin, Usage
 MAX_RECORD = 4096  # bytes; what the journal keeps free for the end record of each running request
 HEAD_BYTES = 11  # crc, space, kind, space
 
-# What bounded() leaves a field: bytes of its JSON text. Our own request ids (26 characters) are never cut, so that an end
-# always finds its begin. Their sum, the numbers (24 bytes each), the field names and
-# the head stay under MAX_RECORD; tests/test_journal_record.py holds the worst case against it.
+# What bounded() leaves a field: bytes of its JSON text. Our own request ids (26 characters) are never cut, so an end
+# always finds its begin. Their sum, the numbers (24 bytes each), the field names and the head stay under MAX_RECORD;
+# tests/test_journal_record.py holds the worst case against it.
 FIELD_BYTES = {
     "request_id": 64,
     "client_id": 192,
