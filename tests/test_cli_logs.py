@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from neaptide.cli.logs import Tail
+from neaptide.types import Attempt, Usage
 from tests.cli_run import cli, environment
 
 
@@ -65,6 +67,21 @@ def test_a_status_that_is_none_exits_2(log: Path, status: str) -> None:
 def test_people_get_one_readable_line_a_request(log: Path) -> None:
     shown = cli("logs", "-n", "1", "--state", str(log.parent.parent)).stdout
     assert "  200  POST  /v1/x  guide  ok  ttft 12 ms  r6" in shown
+
+
+def test_a_generation_is_shown_from_the_usage_that_its_line_holds(tmp_path: Path) -> None:
+    usage = Usage(
+        request_id="01R", model="guide", route="chat.completions", started_wall_s=1_760_000_000.0, status=200,
+        ttft_s=0.014, duration_s=0.037, output_tokens=42, attempts=(Attempt(replica="guide-0", tokens=42),),
+    )  # fmt: skip
+    log = tmp_path / "log" / "access.jsonl"
+    log.parent.mkdir()
+    log.write_bytes(msgspec.json.encode({"peer": "127.0.0.1", "usage": usage}) + b"\n")
+    shown = cli("logs", "--status", "2xx", "--model", "guide", "--state", str(tmp_path)).stdout
+    assert "200  POST  /v1/chat/completions  guide  ok" in shown
+    assert "ttft 14 ms  duration 37 ms  42 tokens  01R" in shown
+    told = json.loads(cli("logs", "--json", "--state", str(tmp_path)).stdout)
+    assert (told["outcome"], told["replica"], told["path"]) == ("ok", "guide-0", "/v1/chat/completions")
 
 
 def test_no_log_yet_says_why(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from neaptide.errors import ConfigError
 
 POLL_S = 0.2
 MAX_LINE = 1 << 20
+PATHS = {"chat.completions": "/v1/chat/completions", "completions": "/v1/completions", "tokenize": "/tokenize"}
 
 
 class Filter(NamedTuple):
@@ -53,15 +54,14 @@ def logs(session: Session, follow: bool, last: int, model: str | None, status: s
             fix="neaptide up, or pass --state DIR",
         )  # fmt: skip
     tail = Tail(path)
-    found: Iterable[bytes] = (line for line in tail.history() if _row(line, wanted))
+    found: Iterable[dict[str, Any]] = filter(wanted.passes, rows(tail.history()))
     if since is None:
         found = deque(found, maxlen=last)
-    for line in found:
-        _print(session, line)
+    for row in found:
+        _print(session, row)
     while follow:
-        for line in tail.fresh():
-            if _row(line, wanted):
-                _print(session, line)
+        for row in filter(wanted.passes, rows(tail.fresh())):
+            _print(session, row)
         time.sleep(POLL_S)
 
 
@@ -110,12 +110,38 @@ def _lines(path: Path, offset: int) -> Iterator[tuple[bytes, int]]:
             yield line[:-1], offset
 
 
-def _row(line: bytes, wanted: Filter) -> bool:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return False  # a line torn by a crash
-    return isinstance(row, dict) and wanted.passes(row)
+def rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The requests in `lines`, all of one form; a line torn by a crash is skipped."""
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield _flat(row)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A generation's line holds its whole usage, with defaults left out; the others have these fields themselves."""
+    usage = row.get("usage")
+    if not isinstance(usage, dict):
+        return row
+    attempts = usage.get("attempts") or [{}]
+    return {
+        "at": usage.get("started_wall_s", 0.0),
+        "id": usage.get("request_id", ""),
+        "peer": row.get("peer", ""),
+        "method": "POST",
+        "path": PATHS.get(str(usage.get("route")), str(usage.get("route"))),
+        "status": usage.get("status", 0),
+        "model": usage.get("model", ""),
+        "key": usage.get("key", ""),
+        "outcome": usage.get("outcome", "ok"),
+        "replica": attempts[-1].get("replica", ""),
+        **{name: usage.get(name, 0) for name in ("queued_s", "ttft_s", "tpot_s", "duration_s")},
+        **{name: usage.get(name, 0) for name in ("prompt_tokens", "cached_tokens", "output_tokens")},
+        "error": usage.get("error", ""),
+    }
 
 
 def statuses(text: str) -> range:
@@ -129,11 +155,10 @@ def statuses(text: str) -> range:
     raise ConfigError(f"--status {text!r}", code="E110", fix="write 429, 4xx or 500-599")
 
 
-def _print(session: Session, line: bytes) -> None:
+def _print(session: Session, row: dict[str, Any]) -> None:
     if session.as_json:
-        click.echo(line)
+        click.echo(json.dumps(row, ensure_ascii=False))
         return
-    row = json.loads(line)
     status = int(row.get("status", 0))
     colour = "green" if status < 400 else "yellow" if status < 500 else "red"
     parts = [moment(float(row.get("at", 0.0))), paint(str(status), colour), str(row.get("method", ""))]
