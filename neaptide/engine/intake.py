@@ -71,16 +71,16 @@ class Held:
     """Bytes of bodies that the process holds; bounded, whatever comes."""
 
     def __init__(self) -> None:
-        self._bytes = 0
+        self.bytes = 0
 
     def reserve(self, count: int) -> RequestError | None:
         """Count a body that is about to be read; the error when it may not be."""
         if count > MAX_BODY_BYTES:
             return refusals.body_too_large(count, MAX_BODY_BYTES)
-        if self._bytes + count > MAX_HELD_BYTES:
+        if self.bytes + count > MAX_HELD_BYTES:
             return refusals.full("The replica holds as many bytes of requests as it may.")
-        self._bytes += count
+        self.bytes += count
         return None
 
     def release(self, count: int) -> None:
-        self._bytes -= count
+        self.bytes -= count
