@@ -137,9 +137,15 @@ class Bank:
                 self.openers.append(question)
             else:
                 self.chat[reply].append(question)
-        elif source in ASSISTANTS and 4 < len(question) < (120 if self.lang == "en" else 50):
+        elif source in ASSISTANTS and self._asks_something(question):
             self.openers.append(question)
             self.texts.append(" ".join(messages)[: 700 if self.lang == "en" else 260])
+
+    def _asks_something(self, opener: str) -> bool:
+        """Long enough to be more than a greeting, which the guide must not decline."""
+        if self.lang == "zh":
+            return 8 <= len(opener) < 50
+        return len(opener) < 120 and len(opener.split()) >= 5
 
     def topic(self) -> Turn:
         topic = self.rng.choices(self.topics, self.weights)[0]
