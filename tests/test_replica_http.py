@@ -106,6 +106,7 @@ def test_a_long_stream_outlasts_its_credit(port: int) -> None:
 def test_unknown_fields_are_named_in_a_warning(port: int) -> None:
     status, headers, _ = request(port, "POST", "/v1/completions", {"prompt": "x", "wat": 1, "user": "u"})
     assert (status, headers["warning"]) == (200, '199 neaptide "ignored: wat"')
+    assert len(headers["x-request-id"]) == 32
 
 
 def test_a_client_that_leaves_frees_its_slot(replica: ReplicaProcess, port: int) -> None:

@@ -77,8 +77,9 @@ class Inference:
             return
         if body is None:
             return
-        sink = HttpSink()
         opened = OpenHeader(request_id=uuid4().hex, route=self._route, body_bytes=len(body))
+        sink = HttpSink()
+        sink.headers([("X-Request-Id", opened.request_id)])
         job = self._service.open(opened, body, sink, from_body=True)
         watcher = asyncio.create_task(_watch(receive, sink))
         try:

@@ -65,6 +65,7 @@ class LinkStream:
 
     def end(self, header: EndHeader, last: bytes) -> None:
         self._connection.streams.pop(self.number, None)
+        self.job = None  # it holds us: no cycle is left for the collector
         self._connection.out.append(link.frame(self.number, link.END, link.pack_header(header, last)))
 
 
@@ -202,7 +203,9 @@ class LinkConnection(asyncio.Protocol):
         stream.body.append(part)
         if stream.missing == 0 and stream.job is None:
             body, stream.body, stream.reserved = b"".join(stream.body), [], False
-            stream.job = self._service.open(stream.opened, body, stream)
+            job = self._service.open(stream.opened, body, stream)
+            if stream.number in self.streams:  # it may have ended already
+                stream.job = job
 
     def _take_credit(self, frame: Frame) -> None:
         stream = self.streams.get(frame.stream)
