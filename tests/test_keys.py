@@ -94,19 +94,32 @@ def test_what_cannot_be_a_key_is_refused(store: KeyStore, secret: str) -> None:
     "wrong",
     [
         {"priority": "urgent"},
-        {"project": "nowhere"},
-        {"tenant": "nobody"},
         {"name": "x" * 200},
         {"name": "two\nlines"},
         {"models": ("a\0b",)},
         {"project": "nul\0"},
     ],
 )
-def test_a_key_for_what_does_not_exist_is_refused(store: KeyStore, wrong: dict[str, str]) -> None:
+def test_a_key_that_is_not_well_described_is_refused(store: KeyStore, wrong: dict[str, str]) -> None:
     with pytest.raises(RequestError) as caught:
         store.create(**wrong)  # type: ignore[arg-type]
     assert caught.value.status == 400
     assert store.list() == ()
+
+
+def test_an_organisation_and_its_project_come_into_being_with_their_first_key(store: KeyStore) -> None:
+    first = store.create("a", tenant="acme", project="search").info
+    second = store.create("b", tenant="zeta", project="search").info
+    assert {(k.tenant, k.project) for k in store.rows()} == {("acme", "search"), ("zeta", "search")}
+    assert (first.team, second.team) == ("default", "default")
+
+
+def test_a_project_of_another_team_is_refused(store: KeyStore) -> None:
+    store.create("a", tenant="acme", team="red", project="search")
+    with pytest.raises(RequestError) as caught:
+        store.create("b", tenant="acme", team="blue", project="search")
+    assert (caught.value.status, caught.value.param) == (400, "project")
+    assert len(store.list()) == 1
 
 
 def test_another_pepper_is_noticed_before_every_key_fails(store: KeyStore, ledger: Ledger) -> None:

@@ -137,7 +137,7 @@ class KeyStore:
         )
         if not self._accounts.add(key):
             raise RequestError(
-                400, f"There is no project {project!r} of team {team!r} in organisation {tenant!r}.", param="project"
+                400, f"The project {project!r} of organisation {tenant!r} is another team's.", param="project"
             )
         return _info(key)
 

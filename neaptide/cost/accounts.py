@@ -37,9 +37,8 @@ class Accounts:
         self._database = database
 
     def add(self, key: KeyRecord) -> bool:
-        """Stores a new key; False, and nothing stored, where its tenant has no such team and project."""
-        project = schema.projects.c
-        place = (project.id == key.project, project.organisation_id == key.tenant, project.team_id == key.team)
+        """Stores a new key; its organisation, team and project come into being with their first key. False, and
+        nothing stored, where the project is another team's."""
         row = {
             "id": key.id,
             "digest": key.digest,
@@ -54,10 +53,27 @@ class Accounts:
             "created_s": key.created_s,
         }
         with self._database.write() as connection:
-            if connection.scalar(sa.select(project.id).where(*place)) is None:
+            if self._place(connection, key) != key.team:
                 return False
             connection.execute(schema.keys.insert(), [row])
         return True
+
+    def _place(self, connection: sa.Connection, key: KeyRecord) -> str:
+        """The team of the key's project, all made where absent."""
+        made = {"name": key.project, "created_s": key.created_s}
+        projects = schema.projects.c
+        where = (projects.organisation_id == key.tenant, projects.id == key.project)
+        found: str | None = connection.scalar(sa.select(projects.team_id).where(*where))
+        if found is not None:
+            return found
+        within = {"organisation_id": key.tenant, "created_s": key.created_s}
+        organisation = {"id": key.tenant, "name": key.tenant, "created_s": key.created_s}
+        self._database.insert_new(connection, schema.organisations, [organisation])
+        self._database.insert_new(connection, schema.teams, [{**within, "id": key.team, "name": key.team}])
+        self._database.insert_new(
+            connection, schema.projects, [{**within, **made, "id": key.project, "team_id": key.team}]
+        )
+        return key.team
 
     def all_keys(self) -> tuple[KeyRecord, ...]:
         """All of them, the disabled too, oldest first."""

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Column,
     Double,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     MetaData,
@@ -37,11 +38,12 @@ organisations = Table(
     Column("created_s", Double, nullable=False),
 )
 
+# Teams and projects are an organisation's own: two organisations may each have a "default".
 teams = Table(
     "teams",
     metadata,
+    Column("organisation_id", Text, ForeignKey("organisations.id"), primary_key=True),
     Column("id", Text, primary_key=True),
-    Column("organisation_id", Text, ForeignKey("organisations.id"), nullable=False),
     Column("name", Text, nullable=False),
     Column("created_s", Double, nullable=False),
 )
@@ -49,11 +51,12 @@ teams = Table(
 projects = Table(
     "projects",
     metadata,
+    Column("organisation_id", Text, primary_key=True),
     Column("id", Text, primary_key=True),
-    Column("organisation_id", Text, ForeignKey("organisations.id"), nullable=False),
-    Column("team_id", Text, ForeignKey("teams.id"), nullable=False),
+    Column("team_id", Text, nullable=False),
     Column("name", Text, nullable=False),
     Column("created_s", Double, nullable=False),
+    ForeignKeyConstraint(["organisation_id", "team_id"], ["teams.organisation_id", "teams.id"]),
 )
 
 keys = Table(
@@ -62,15 +65,17 @@ keys = Table(
     Column("id", Text, primary_key=True),
     Column("digest", Text, nullable=False, unique=True),  # keyed hash; the key itself is nowhere
     Column("name", Text, nullable=False),
-    Column("organisation_id", Text, ForeignKey("organisations.id"), nullable=False),
-    Column("team_id", Text, ForeignKey("teams.id"), nullable=False),
-    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("organisation_id", Text, nullable=False),
+    Column("team_id", Text, nullable=False),
+    Column("project_id", Text, nullable=False),
     Column("priority", Text, nullable=False),  # highest class it may ask for
     Column("models", Text, nullable=False),  # JSON list; empty: all
     Column("disabled", Boolean, nullable=False),
     Column("last_four", Text, nullable=False),  # for display
     Column("created_s", Double, nullable=False),
     Column("disabled_s", Double),
+    ForeignKeyConstraint(["organisation_id", "team_id"], ["teams.organisation_id", "teams.id"]),
+    ForeignKeyConstraint(["organisation_id", "project_id"], ["projects.organisation_id", "projects.id"]),
 )
 
 usage = Table(
