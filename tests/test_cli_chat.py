@@ -256,7 +256,9 @@ def test_a_conversation_keeps_its_messages_and_shows_numbers(endpoint: Endpoint,
     control = FakeControl(tmp_path / "state", endpoint.url)
     with admin_server(control):
         talk = Terminal("--state", str(control.state))
-        assert "demo model" in talk.until("you> ")
+        greeting = talk.until("you> ")
+        assert "demo model" in greeting
+        assert "\n  · " in greeting.replace("\r", "")  # something to begin with
         talk.type("first\n")
         numbers = talk.until("you> ")
         talk.type("second\n")

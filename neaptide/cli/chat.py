@@ -91,11 +91,12 @@ def _piped() -> str:
 
 
 def chips() -> list[str]:
-    """Questions to begin with, in the language in force; what the built-in model can answer."""
+    """Questions to begin with, in the language in force: those that came with the built-in model ({"en": [...], "zh":
+    [...]}), else ours."""
     try:
         found = json.loads(CHIPS.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return []
+        return [say(f"chat.chip.{n}") for n in range(1, 4)]
     return [str(text) for text in found.get(language(), [])]
 
 
