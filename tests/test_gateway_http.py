@@ -229,6 +229,45 @@ def test_http_1_0_gets_a_stream_without_chunks():
     run(main())
 
 
+def test_a_kept_connection_may_change_its_mind_about_everything():
+    async def main() -> None:
+        async def counts(replica: FakeReplica, reader: Reader, writer: Writer, asked: Asked) -> None:
+            n = len(replica.asked)
+            writer.write(answer_bytes(b'{"n":%d}' % n, extra=f"Warning: w{n // 4}\r\n"))
+
+        async with serving(counts, keys=[key_row(), key_row("sk-two", tenant="t2")]) as (running, (replica,)):
+            client = await running.connect()
+            two = b"Authorization: Bearer sk-two\r\n"
+            requests = [
+                (post(chat(user="1")), 200),
+                (post(chat(user="22")), 200),  # the same head but for its length
+                (post(chat(user="3"), extra=two), 200),
+                (post(chat(user="4" * 5000)), 200),
+                (post(chat(user="5"), "/v1/completions"), 200),
+                (post(chat(user="6")), 200),
+                (post(b'{"model":"m"'), 400),
+                (post(chat(user="7")), 200),
+            ]
+            for n, (request, status) in enumerate(requests, 1):
+                cut = len(request) - 3 if n == 6 else len(request)
+                await client.send(request[:cut])
+                await client.send(request[cut:])
+                answer = await client.answer()
+                assert answer.status == status
+                if status == 200:
+                    assert answer.json == {"n": len(replica.asked)}
+                    assert answer.headers["warning"] == f"w{len(replica.asked) // 4}"
+            assert [a.json["user"][0] for a in replica.asked] == list("1234567")
+            assert [a.path for a in replica.asked].count("/v1/completions") == 1
+            assert [r.tenant for r in running.journal.rows].count("t2") == 1
+            running.install(table([], keys=[key_row("sk-two")]))
+            await client.send(post(chat()))
+            assert (await client.answer()).status == 401  # the table changed under a known head
+            assert running.server.body_bytes == 0
+
+    run(main())
+
+
 # --- refusals
 
 

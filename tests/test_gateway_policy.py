@@ -15,6 +15,7 @@ from neaptide.gateway.admit import ANYBODY, Keys
 from neaptide.gateway.metrics import Histogram, Metrics
 from neaptide.gateway.queue import Line, too_long
 from neaptide.gateway.record import Timing
+from neaptide.gateway.repeat import learn
 from neaptide.gateway.route import Target, choose
 from neaptide.gateway.sse import HideUsage, finish, usage
 from neaptide.link import LoadReport
@@ -287,6 +288,47 @@ def test_a_histogram_is_cumulative_at_scrape():
 def test_label_values_are_escaped():
     metrics = Metrics('1"\n\\')
     assert b'neaptide_build_info{version="1\\"\\n\\\\"} 1' in metrics.render([])
+
+
+# --- the same head again
+
+HEAD = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: %b\r\nAuthorization: Bearer k\r\n\r\n"
+
+
+def test_a_head_is_known_again_whatever_the_length_of_its_body():
+    known = learn(HEAD % b"5" + b"hello")
+    assert known is not None
+    for body in (b"", b"x", b"y" * 12345):
+        assert known.body(HEAD % str(len(body)).encode() + body) == body
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        HEAD % b"5" + b"hell",
+        HEAD % b"5" + b"hello!",
+        HEAD % b"+5" + b"hello",
+        HEAD % b" 5" + b"hello",
+        HEAD % b"" + b"",
+        HEAD % b"5\r\nContent-Length: 5" + b"hello",
+        HEAD % b"5\r\nTransfer-Encoding: chunked" + b"hello",
+        HEAD % b"\xb2" + b"he",
+        (HEAD % b"5").replace(b"Bearer k", b"Bearer j") + b"hello",
+        HEAD % b"99999999999" + b"hello",
+        b"",
+    ],
+)
+def test_a_head_that_differs_in_a_byte_goes_to_the_parser(data: bytes):
+    known = learn(HEAD % b"5" + b"hello")
+    assert known is not None
+    assert known.body(data) is None
+
+
+@pytest.mark.parametrize(
+    "data", [HEAD % b"5" + b"hell", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"x" * 9000 + b"\r\n\r\n", b""]
+)
+def test_what_is_not_one_whole_message_with_a_length_is_not_kept(data: bytes):
+    assert learn(data) is None
 
 
 # --- what is found in passing bytes

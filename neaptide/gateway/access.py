@@ -9,6 +9,8 @@ from pathlib import Path
 
 import msgspec
 
+from neaptide.types import Usage
+
 log = logging.getLogger("neaptide.gateway")
 ROTATE_BYTES = 64 << 20
 KEEP = 3
@@ -24,14 +26,15 @@ class Line(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     method: str
     path: str
     status: int
-    model: str = ""
     key: str = ""
-    outcome: str = ""
-    replica: str = ""
-    queued_s: float = 0.0
-    ttft_s: float = 0.0
     duration_s: float = 0.0
-    output_tokens: int = 0
+
+
+class UsageLine(msgspec.Struct, frozen=True):
+    """One request that got to a model: its row, the one the journal has, so that nothing is built twice."""
+
+    peer: str
+    usage: Usage
 
 
 class AccessLog:
@@ -41,15 +44,15 @@ class AccessLog:
     def __init__(self, path: str, rotate_bytes: int = ROTATE_BYTES, keep: int = KEEP) -> None:
         self._path = Path(path)
         self._rotate_bytes, self._keep = rotate_bytes, keep
-        self._lines: list[Line] = []
-        self._handed: list[Line] = []
+        self._lines: list[Line | UsageLine] = []
+        self._handed: list[Line | UsageLine] = []
         self._wake = threading.Condition()
         self._closed = False
         self.dropped = 0
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
         self._thread.start()
 
-    def add(self, line: Line) -> None:
+    def add(self, line: Line | UsageLine) -> None:
         if len(self._lines) < QUEUE_AT_MOST:
             self._lines.append(line)
         else:

@@ -41,6 +41,12 @@ class Keys:
         row = self._seen.get(authorization)
         return row if row is not None else self._look_up(authorization)
 
+    def seen(self, authorization: bytes | None) -> KeyRow | None:
+        """The row of a header that `find` accepted before."""
+        if not self.required:
+            return ANYBODY
+        return self._seen.get(authorization) if authorization is not None else None
+
     def _look_up(self, authorization: bytes) -> KeyRow:
         scheme, _, key = authorization.partition(b" ")
         key = key.strip()
@@ -68,9 +74,9 @@ def check_model(key: KeyRow, model: str) -> None:
 
 def priority(asked: bytes | None, key: KeyRow) -> Priority:
     """The class asked for (normal when none was), clamped to the highest that the key allows."""
-    highest = CLASSES.index(key.priority) if key.priority in CLASSES else 1
     if asked is None:
-        return CLASSES[min(1, highest)]
+        return "low" if key.priority == "low" else "normal"
+    highest = CLASSES.index(key.priority) if key.priority in CLASSES else 1
     name = asked.decode("latin-1").lower()
     if name not in CLASSES:
         raise RequestError(

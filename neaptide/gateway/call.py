@@ -21,7 +21,6 @@ class Call:
         "body",
         "client_id",
         "close",
-        "flags",
         "head_bytes",
         "headers",
         "http11",
@@ -34,7 +33,7 @@ class Call:
         "route",
         "size",
         "target",
-        "trace_id",
+        "traceparent",
         "wall_s",
     )
 
@@ -53,22 +52,32 @@ class Call:
         self.body = b""
         self.size = 0
         self.id = ""
-        self.client_id = self.trace_id = self.flags = b""
+        self.client_id = self.traceparent = b""
 
     def name(self, made: ids.Ids, wall_s: float) -> None:
         """Give it its ids: ours, the client's if it is fit to be echoed, and the trace."""
         self.wall_s = wall_s
         self.id = made.next(wall_s)
         self.client_id = ids.client_id(self.headers.get(b"x-request-id"))
-        self.trace_id, self.flags = ids.trace(self.headers.get(b"traceparent"))
+        self.traceparent = ids.hop(self.headers.get(b"traceparent"))
 
     def id_lines(self) -> bytes:
         """The header lines by which an answer can be found again. A valid traceparent comes back as it came."""
         own = self.id.encode()
         sent = self.headers.get(b"traceparent")
-        known = sent is not None and sent[3:35] == self.trace_id
+        known = sent is not None and sent[3:35] == self.traceparent[3:35]
         return b"x-request-id: %b\r\nx-neaptide-request-id: %b\r\ntraceparent: %b\r\n" % (
             self.client_id or own,
             own,
-            sent if known and sent is not None else ids.hop(self.trace_id, self.flags),
+            sent if known and sent is not None else self.traceparent,
         )
+
+    def again(self, body: bytes, arrived_s: float) -> Call:
+        """The next call with the same head but for the length of its body."""
+        call = Call.__new__(Call)
+        call.arrived_s, call.body, call.key = arrived_s, body, None
+        call.size = len(body)
+        call.method, call.target, call.path, call.route = self.method, self.target, self.path, self.route
+        call.headers, call.head_bytes, call.http11, call.close = self.headers, self.head_bytes, True, False
+        call.allow, call.parts, call.refusal = b"", [], None
+        return call

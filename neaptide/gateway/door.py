@@ -9,7 +9,7 @@ from typing import Protocol
 from neaptide.clock import mono_s
 from neaptide.errors import RequestError, StorageError
 from neaptide.gateway import admit, ids, queue, route
-from neaptide.gateway.access import AccessLog, Line
+from neaptide.gateway.access import AccessLog, Line, UsageLine
 from neaptide.gateway.call import Call
 from neaptide.gateway.exchange import DONE, WAITING, Exchange
 from neaptide.gateway.lane import Lane
@@ -162,9 +162,9 @@ class Door:
         self._release(exchange)
         if exchange.begun:
             lane.running -= 1
-        self._count(lane, usage)
+        lane.metrics.count(usage)
         if self.access is not None:
-            self.access.add(_line(exchange.connection.peer, exchange.call, usage))
+            self.access.add(UsageLine(exchange.connection.peer, usage))
         self.journal.end(usage, exchange.say_last)
         if lane.line.waiting:
             self.pump(lane, now)
@@ -318,30 +318,7 @@ class Door:
             duration_s = now - call.arrived_s
             path = call.path[:256].decode("latin-1")
             method = call.method.decode("latin-1")
-            self.access.add(
-                Line(call.wall_s, call.id, connection.peer, method, path, status, key=key, duration_s=duration_s)
-            )
-
-    def _count(self, lane: Lane, usage: Usage) -> None:
-        m = lane.metrics
-        m.done += 1
-        m.codes[usage.status] = m.codes.get(usage.status, 0) + 1
-        outcome = (usage.outcome, usage.error)
-        m.outcomes[outcome] = m.outcomes.get(outcome, 0) + 1
-        m.e2e.observe(usage.duration_s)
-        m.queue.observe(usage.queued_s)
-        m.prompt += usage.prompt_tokens
-        m.cached += usage.cached_tokens
-        m.output += usage.output_tokens
-        if usage.ttft_s:
-            m.ttft.observe(usage.ttft_s)
-        if usage.tpot_s:
-            m.tpot.observe(usage.tpot_s)
-        if usage.outcome == "ok":
-            reason = usage.finish or "stop"
-            m.finishes[reason] = m.finishes.get(reason, 0) + 1
-        elif usage.outcome in ("error", "timeout"):
-            m.errors += 1
+            self.access.add(Line(call.wall_s, call.id, connection.peer, method, path, status, key, duration_s))
 
 
 def _same_process(a: ReplicaRow, b: ReplicaRow) -> bool:
@@ -376,29 +353,10 @@ def _order(exchange: Exchange, body: bytes, now: float) -> Order:
         asked.stream,
         bool(asked.include_usage),
         exchange.key.tenant,
-        ids.hop(call.trace_id, call.flags),
+        call.traceparent,
         call.headers.get(b"tracestate", b"")[:512],
         exchange.deadline_s - now if exchange.deadline_s != float("inf") else None,
         exchange.lane.row.timeouts,
-    )
-
-
-def _line(peer: str, call: Call, usage: Usage) -> Line:
-    return Line(
-        call.wall_s,
-        call.id,
-        peer,
-        "POST",
-        call.path.decode("latin-1"),
-        usage.status,
-        usage.model,
-        usage.key,
-        usage.outcome,
-        usage.attempts[-1].replica if usage.attempts else "",
-        usage.queued_s,
-        usage.ttft_s,
-        usage.duration_s,
-        usage.output_tokens,
     )
 
 

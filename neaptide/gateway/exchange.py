@@ -37,7 +37,8 @@ ATTEMPTS_AT_MOST = 3
 LEAVING_S = 5.0  # how long a link's replica has to tell what an aborted request cost
 WHOLE_ANSWER = 64 << 10  # a longer answer that does not stream is passed on as it comes
 RETRY_STATUS = frozenset((502, 503))
-PASSED_HEADERS = (b"warning", b"cache-control", b"retry-after")
+PASSED_HEADERS = frozenset((b"warning", b"cache-control", b"retry-after"))
+READS_KEPT = 6  # last reads of a stream in which usage and finish reason are looked for
 _DONE = (answer.DONE, b"data: [DONE]\r\n\r\n", b"data:[DONE]\n\n")
 
 
@@ -49,6 +50,7 @@ class Exchange:
         "_broken",
         "_content_type",
         "_counts",
+        "_declared",
         "_end",
         "_finish",
         "_held",
@@ -123,20 +125,23 @@ class Exchange:
         self._content_type = answer.JSON
         self._passed = b""
         self._sse = False
-        self._length: int | None = None
+        self._length: int | None = None  # of a body passed on in pieces; None: chunked
+        self._declared: bytes | None = None
         self._parts: list[bytes] = []
         self._body_bytes = 0
         self._held = b""
-        self._recent: deque[bytes] = deque(maxlen=6)
+        self._recent: deque[bytes] | None = None
 
     def sent(self, target: Target, now: float, hide_usage: bool) -> None:
         """It was given to `target`."""
         self.target, self.sent_s, self.state, self.state_s = target, now, SENT, now
-        if not self.tried:
+        if self.tried:
+            self._forget_answer()
+        else:
             self.waited_s = now - self.call.arrived_s
         self.tried.append(target.row.id)
-        self._hide = HideUsage() if hide_usage else None
-        self._forget_answer()
+        if hide_usage:
+            self._hide = HideUsage()
 
     # --- the replica's side: HTTP
 
@@ -152,11 +157,12 @@ class Exchange:
         self._status = status
         self._content_type = headers.get(b"content-type", answer.JSON)
         self._sse = self._content_type.startswith(b"text/event-stream")
-        length = headers.get(b"content-length")
-        self._length = int(length) if length is not None and not self._sse else None
-        for name in PASSED_HEADERS:
-            if name in headers:
-                self._passed += b"%b: %b\r\n" % (name, headers[name])
+        if self._sse:
+            self._recent = deque(maxlen=READS_KEPT)
+        else:
+            self._declared = headers.get(b"content-length")
+        if not PASSED_HEADERS.isdisjoint(headers):
+            self._passed = b"".join(b"%b: %b\r\n" % (k, v) for k, v in headers.items() if k in PASSED_HEADERS)
         return True
 
     def on_body(self, data: bytes, now: float) -> None:
@@ -169,7 +175,8 @@ class Exchange:
         self._parts.append(data)
         self._body_bytes += len(data)
         if self.state == OPEN or self._body_bytes > WHOLE_ANSWER:
-            self._recent.append(data[-sse.TAIL_BYTES :])
+            self._recent = deque((data[-sse.TAIL_BYTES :],))
+            self._length = int(self._declared) if self._declared is not None else None
             self._open(self._length)
             self._write(b"".join(self._parts))
             self._parts = []
@@ -183,7 +190,7 @@ class Exchange:
         if data:
             self._parts.append(data)
         body = b"".join(self._parts) if len(self._parts) != 1 else self._parts[0]
-        tail = b"".join(self._recent) + body[-sse.TAIL_BYTES :]
+        tail = b"".join(self._recent or ()) + body[-sse.TAIL_BYTES :]
         self._counts, self._finish = sse.usage(tail), sse.finish(tail)
         if self.state != OPEN:
             body = self._head(len(body)) + body
@@ -195,7 +202,8 @@ class Exchange:
         tokens = data.count(b"data:")
         self._timing.mark(now, tokens)
         self.lane.tokens += tokens
-        self._recent.append(data[-sse.TAIL_BYTES :])
+        if self._recent is not None:
+            self._recent.append(data[-sse.TAIL_BYTES :])
         if self._hide is not None:
             data = self._hide.feed(data)
         if self._held:
@@ -211,10 +219,11 @@ class Exchange:
     def _end_events(self, data: bytes, now: float) -> None:
         if data:
             self._timing.mark(now, data.count(b"data:"))
-            self._recent.append(data[-sse.TAIL_BYTES :])
+            if self._recent is not None:
+                self._recent.append(data[-sse.TAIL_BYTES :])
         if self._hide is not None:
             data = self._hide.feed(data) + self._hide.rest()
-        tail = b"".join(self._recent)
+        tail = b"".join(self._recent or ())
         self._counts, self._finish = sse.usage(tail), sse.finish(tail)
         last = self._framed(self._held + data, last=True)
         self._settle(last if self.state == OPEN else self._head(None) + last, now)
@@ -318,7 +327,7 @@ class Exchange:
             if self.target is not None and self.target.link:
                 self.state, self.state_s = LEAVING, now
             else:
-                tail = b"".join(self._recent)
+                tail = b"".join(self._recent or ())
                 self._counts = sse.usage(tail) if tail else None
                 self._settle(b"", now)
 
@@ -418,29 +427,31 @@ class Exchange:
         call, asked, timing, key = self.call, self.asked, self._timing, self.key
         counts = self._counts or Counts(output=timing.tokens)
         end = self._end
-        last = len(self.tried) - 1
+        lane = self.lane.row
+        *earlier, last = self.tried or ("",)
+        waited_s = self.waited_s if last else now - call.arrived_s
         return Usage(
             request_id=call.id,
-            client_id=call.client_id.decode("ascii"),
+            client_id=call.client_id.decode("ascii") if call.client_id else "",
             tenant=key.tenant,
             project=key.project,
             key=key.id,
-            model=self.lane.row.model,
-            revision=self.target.row.revision if self.target is not None else self.lane.row.revision,
+            model=lane.model,
+            revision=self.target.row.revision if self.target is not None else lane.revision,
             priority=self.priority,
             route=call.route,
             stream=asked.stream,
             prompt_bytes=self._prompt_bytes,
-            max_tokens=asked.max_tokens if asked.max_tokens is not None else self.lane.row.max_tokens_default,
+            max_tokens=asked.max_tokens if asked.max_tokens is not None else lane.max_tokens_default,
             prompt_tokens=counts.prompt,
             cached_tokens=counts.cached,
             reasoning_tokens=counts.reasoning,
             output_tokens=counts.output,
             started_wall_s=call.wall_s,
             arrived_mono_s=call.arrived_s,
-            queued_s=(self.waited_s if self.tried else now - call.arrived_s) + (end.queued_s if end else 0.0),
+            queued_s=waited_s + end.queued_s if end else waited_s,
             ttft_s=timing.first_s - call.arrived_s if timing.first_s else 0.0,
-            tpot_s=timing.tpot_s(counts.output),
+            tpot_s=timing.tpot_s(counts.output) if timing.first_s else 0.0,
             itl_max_s=timing.itl_max_s,
             engine_s=end.engine_s if end else 0.0,
             kv_token_s=end.kv_token_s if end else 0.0,
@@ -449,7 +460,7 @@ class Exchange:
             status=0 if self.outcome == "aborted" and not self._opened else self._status,
             finish=self._finish,
             error=self.error,
-            attempts=tuple(Attempt(replica, counts.output if i == last else 0) for i, replica in enumerate(self.tried)),
+            attempts=(*map(Attempt, earlier), Attempt(last, counts.output)) if last else (),
         )
 
 

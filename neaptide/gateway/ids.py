@@ -10,8 +10,6 @@ from __future__ import annotations
 import random
 import re
 
-from neaptide.clock import wall_s
-
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]  # 10 bits a pair
 _random = random.SystemRandom()
@@ -49,18 +47,9 @@ def client_id(value: bytes | None) -> bytes:
     return value if value is not None and _CLIENT_ID.fullmatch(value) else b""
 
 
-def trace(value: bytes | None) -> tuple[bytes, bytes]:
-    """(trace id, flags) of a valid W3C traceparent; a fresh, unsampled one otherwise."""
+def hop(value: bytes | None) -> bytes:
+    """The traceparent for the next hop: the trace of a valid W3C traceparent under a new span id, or a fresh,
+    unsampled trace."""
     if value is not None and (found := _TRACEPARENT.fullmatch(value)):
-        return found[1], found[2]
-    return b"%032x" % (_bits(128) or 1), b"00"
-
-
-def hop(trace_id: bytes, flags: bytes) -> bytes:
-    """A traceparent with a new span id: one a hop."""
-    return b"00-%b-%016x-%b" % (trace_id, _bits(64) or 1, flags)
-
-
-def new_id() -> str:
-    """One id outside the hot path."""
-    return Ids().next(wall_s())
+        return b"00-%b-%016x-%b" % (found[1], _bits(64) or 1, found[2])
+    return b"00-%032x-%016x-00" % (_bits(128) or 1, _bits(64) or 1)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
+from neaptide.types import Usage
+
 SECONDS = (
     0.001,
     0.005,
@@ -78,17 +80,15 @@ class Histogram:
 
 
 class ModelMetrics:
-    """One deployment's. `codes` counts answers by HTTP status, `outcomes` rows by (outcome, error slug)."""
+    """One deployment's. `ends` counts rows by (status, outcome, error slug, finish reason)."""
 
     __slots__ = (
         "arrivals",
         "cached",
-        "codes",
         "done",
         "e2e",
+        "ends",
         "errors",
-        "finishes",
-        "outcomes",
         "output",
         "prompt",
         "queue",
@@ -100,11 +100,34 @@ class ModelMetrics:
     def __init__(self) -> None:
         self.arrivals = self.done = self.errors = self.retries = 0
         self.prompt = self.cached = self.output = 0
-        self.codes: dict[int, int] = {}
-        self.outcomes: dict[tuple[str, str], int] = {}
-        self.finishes: dict[str, int] = {}
+        self.ends: dict[tuple[int, str, str, str], int] = {}
         self.ttft, self.e2e, self.queue = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
         self.tpot = Histogram(TOKEN_SECONDS)
+
+    def count(self, usage: Usage) -> None:
+        """A request is over."""
+        self.done += 1
+        end = (usage.status, usage.outcome, usage.error, usage.finish)
+        self.ends[end] = self.ends.get(end, 0) + 1
+        self.e2e.observe(usage.duration_s)
+        self.queue.observe(usage.queued_s)
+        self.prompt += usage.prompt_tokens
+        self.cached += usage.cached_tokens
+        self.output += usage.output_tokens
+        if usage.ttft_s:
+            self.ttft.observe(usage.ttft_s)
+            if usage.tpot_s:
+                self.tpot.observe(usage.tpot_s)
+        if usage.outcome in ("error", "timeout"):
+            self.errors += 1
+
+    def by(self, *fields: int) -> dict[tuple[str, ...], int]:
+        """Ends summed over all but these fields of their key."""
+        out: dict[tuple[str, ...], int] = {}
+        for end, n in self.ends.items():
+            kept = tuple(str(end[i]) for i in fields)
+            out[kept] = out.get(kept, 0) + n
+        return out
 
 
 class Metrics:
@@ -145,19 +168,14 @@ class Metrics:
         for name, text, field in _COUNTERS:
             _family(out, name, "counter", text)
             out += [f'{name}{{model_name="{escape(m)}"}} {getattr(x, field)}' for m, x in self._models.items()]
-        _family(out, "vllm:request_success_total", "counter", "Answers that ended well, by finish reason.")
-        for m, x in self._models.items():
-            for reason, n in x.finishes.items():
-                out.append(f'vllm:request_success_total{{model_name="{escape(m)}",finished_reason="{reason}"}} {n}')
-        _family(out, "neaptide_requests_total", "counter", "Answers by HTTP status.")
-        for m, x in self._models.items():
-            for code, n in x.codes.items():
-                out.append(f'neaptide_requests_total{{model_name="{escape(m)}",code="{code}"}} {n}')
-        _family(out, "neaptide_outcomes_total", "counter", "Rows by outcome and error.")
-        for m, x in self._models.items():
-            for (outcome, slug), n in x.outcomes.items():
-                labels = f'model_name="{escape(m)}",outcome="{outcome}",error="{escape(slug)}"'
-                out.append(f"neaptide_outcomes_total{{{labels}}} {n}")
+        for name, text, labels, fields in _ENDS:
+            _family(out, name, "counter", text)
+            for m, x in self._models.items():
+                for values, n in x.by(*fields).items():
+                    if name == "vllm:request_success_total" and values[1] != "ok":
+                        continue
+                    pairs = ",".join(f'{k}="{escape(v)}"' for k, v in zip(labels, values))
+                    out.append(f'{name}{{model_name="{escape(m)}",{pairs}}} {n}')
         _family(out, "neaptide_refused_total", "counter", "Requests refused before a model was known, by reason.")
         out += [f'neaptide_refused_total{{reason="{escape(slug)}"}} {n}' for slug, n in self.refused.items()]
 
@@ -177,6 +195,12 @@ _COUNTERS = (
     ("vllm:prompt_tokens_total", "Prompt tokens.", "prompt"),
     ("neaptide_cached_tokens_total", "Prompt tokens served from a prefix cache.", "cached"),
     ("vllm:generation_tokens_total", "Generated tokens.", "output"),
+)
+_STATUS, _OUTCOME, _ERROR, _FINISH = range(4)  # places in a key of `ends`
+_ENDS = (
+    ("vllm:request_success_total", "Answers that ended well.", ("finished_reason",), (_FINISH, _OUTCOME)),
+    ("neaptide_requests_total", "Answers by HTTP status; 0: none was sent.", ("code",), (_STATUS,)),
+    ("neaptide_outcomes_total", "Rows by outcome and error.", ("outcome", "error"), (_OUTCOME, _ERROR)),
 )
 _HISTOGRAMS = (
     ("vllm:time_to_first_token_seconds", "From arrival to the first token.", "ttft"),

@@ -81,11 +81,12 @@ def choose(targets: Sequence[Target], now: float, turn: int = 0, avoid: Collecti
     `avoid` (already tried for this request) only where no other can take it. None: the request must wait."""
     best: Target | None = None
     least = 1 << 60
-    count = len(targets)
-    for i in range(count):
-        target = targets[(i + turn) % count]
+    start = turn % len(targets) if targets else 0
+    for target in (*targets[start:], *targets[:start]) if start else targets:
         if target.in_flight < least and target.can_take(now) and (not avoid or target.row.id not in avoid):
             best, least = target, target.in_flight
+            if least == 0:
+                break
     if best is None and avoid:
         return choose(targets, now, turn)
     return best

@@ -19,6 +19,7 @@ from neaptide.clock import mono_s, wall_s
 from neaptide.errors import RequestError
 from neaptide.gateway import answer
 from neaptide.gateway.call import Call
+from neaptide.gateway.repeat import MISSES_AT_MOST, Repeat, learn
 from neaptide.gateway.rules import ONCE, cors_lines, framing_error, too_large_body, too_large_head
 from neaptide.table import Cors, Limits
 
@@ -45,6 +46,9 @@ class Gate(Protocol):
 
     def at_head(self, call: Call, limits: Limits) -> None:
         """Judge a head: sets path, route and key. RequestError when the request is refused."""
+
+    def again(self, call: Call) -> bool:
+        """Name and admit a call whose head is known; False when it must be judged afresh."""
 
     def enter(self, connection: Connection, call: Call, now: float) -> None:
         """A whole request, to be answered."""
@@ -95,7 +99,9 @@ class Connection(asyncio.Protocol):
         "_held",
         "_in_body",
         "_incoming",
+        "_known",
         "_linger_bytes",
+        "_misses",
         "_now",
         "_parser",
         "_reading",
@@ -120,7 +126,8 @@ class Connection(asyncio.Protocol):
         self._seen = 0  # bytes of the unfinished head
         self._in_body = self._ended = self._stepping = False
         self._reading = True
-        self._linger_bytes = 0
+        self._linger_bytes = self._misses = 0
+        self._known: tuple[Repeat, Call] | None = None  # the last head that came whole, and what it meant
         self._now = self._give_up_s = 0.0
         self.due_s = FOREVER
         self.exchange: Exchange | None = None
@@ -188,11 +195,39 @@ class Connection(asyncio.Protocol):
         elif self._serving is not None or self._ahead:
             self._held += data
             self._pause()
-        else:
+        elif self._known is None or not self._same_again(data, *self._known):
             self._feed(data)
+
+    def _same_again(self, data: bytes, head: Repeat, before: Call) -> bool:
+        """Serve `data` if it is the head of the call before with another body; the parser then need not see it."""
+        if self._incoming is not None or self._seen:
+            return False
+        body = head.body(data)
+        if body is None:
+            return False
+        server, size = self._server, len(body)
+        self._now = now = mono_s()
+        call = before.again(body, now)
+        limits = server.limits
+        if size > limits.body_bytes or server.body_bytes + size > limits.inflight_bytes or not server.gate.again(call):
+            call.size = 0
+            return False
+        server.body_bytes += size
+        self._serve(call)
+        if self._serving is None and not self._reading:
+            self._step()
+        return True
+
+    def _learn(self, data: bytes, call: Call) -> None:
+        """Remember the head of a call that came whole in one read."""
+        self._misses += 1
+        if call.route and call.refusal is None and call.http11 and not call.close and b"expect" not in call.headers:
+            head = learn(data)
+            self._known = (head, call) if head is not None else None
 
     def _feed(self, data: bytes) -> None:
         self._now = now = mono_s()
+        fresh = self._incoming is None and not self._seen
         if not self._in_body:
             if not self._seen:
                 self.due_s = now + self._server.limits.header_s
@@ -211,6 +246,8 @@ class Connection(asyncio.Protocol):
             if self._seen > self._server.limits.header_bytes and not self._in_body and not self._ended:
                 self._fatal(too_large_head(self._server.limits), now)
         if self._serving is None and self._ahead:
+            if fresh and self._misses < MISSES_AT_MOST and len(self._ahead) == 1 and self._incoming is None:
+                self._learn(data, self._ahead[0])
             self._step()
 
     def _ignore_upgrade(self, rest: bytes) -> None:

@@ -17,6 +17,7 @@ import httptools
 
 from neaptide import __version__
 from neaptide.clock import mono_s
+from neaptide.gateway.repeat import MISSES_AT_MOST, Repeat, learn
 from neaptide.gateway.upstream import Failure, Order, Sink
 from neaptide.table import ReplicaRow
 
@@ -124,6 +125,8 @@ class Connection(asyncio.Protocol):
         "_head_seen",
         "_headers",
         "_headers_done",
+        "_known",
+        "_misses",
         "_parser",
         "_parts",
         "_paused",
@@ -148,6 +151,8 @@ class Connection(asyncio.Protocol):
         self.uses = 0
         self.idle_since_s = 0.0
         self._paused = False
+        self._misses = 0
+        self._known: tuple[Repeat, int, dict[bytes, bytes]] | None = None  # the last head that came whole
         self._reset()
 
     def _reset(self) -> None:
@@ -175,7 +180,7 @@ class Connection(asyncio.Protocol):
         self.order, self.sink = order, sink
         sink.handle = self
         self.uses += 1
-        self._reset()
+        self._head_seen = 0
         head, body = self._pool.request_bytes(order)
         if len(body) <= WHOLE_WRITE:
             transport.write(head + body)
@@ -210,7 +215,7 @@ class Connection(asyncio.Protocol):
         if sink is None or order is None:
             self._pool.forget(self)
             return
-        if self._until_eof and exc is None:
+        if self._head_seen and self._until_eof and exc is None:
             sink.on_end(b"", mono_s())
         elif self._head_seen:
             sink.on_failure(Failure("replica_broke_off", f"broke off its answer ({exc or 'connection closed'})"))
@@ -233,6 +238,19 @@ class Connection(asyncio.Protocol):
             if self._transport is not None:
                 self._transport.abort()
             return
+        if self._known is not None and not self._head_seen:
+            head, status, headers = self._known
+            body = head.body(data)
+            if body is not None:
+                self._head_seen = len(data)
+                if sink.on_head(status, headers):
+                    self._reusable = True
+                    self._finish(sink, body)
+                else:
+                    self._quit()
+                return
+        if not self._head_seen:
+            self._reset()
         if not self._headers_done:
             self._head_seen += len(data)
         try:
@@ -249,14 +267,23 @@ class Connection(asyncio.Protocol):
             return
         parts = self._parts
         if self._complete:
+            self._parts = []
+            if self._reusable and self._misses < MISSES_AT_MOST and self._head_seen == len(data):
+                self._learn(data)
             self._finish(sink, b"".join(parts) if len(parts) != 1 else parts[0])
         elif parts:
             self._parts = []
             sink.on_body(b"".join(parts) if len(parts) != 1 else parts[0], mono_s())
 
+    def _learn(self, data: bytes) -> None:
+        """Remember the head of a plain answer that came whole in one read."""
+        self._misses += 1
+        if self._status == 200 and b"content-length" in self._headers:
+            head = learn(data)
+            self._known = (head, self._status, self._headers) if head is not None else None
+
     def _finish(self, sink: Sink, last: bytes) -> None:
         self.sink = self.order = None
-        self._parts = []
         if self._paused:
             self.resume_reading()
         if self._reusable:
