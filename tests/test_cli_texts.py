@@ -81,6 +81,10 @@ def test_help_lists_every_verb_with_its_line() -> None:
         assert re.search(rf"^  {verb} +\S", done.stdout, re.M), verb
 
 
+def test_no_verb_at_all_is_a_call_for_help() -> None:
+    assert (cli().returncode, cli().stdout) == (0, cli("--help").stdout)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb: str) -> None:
     done = cli(verb, "--help")
@@ -113,7 +117,14 @@ def test_a_language_may_follow_the_verb() -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [("stauts",), ("status", "--nonsense"), ("--lang", "fr", "status"), ("models", "convert", "x"), ("keys", "x")],
+    [
+        ("stauts",),
+        ("status", "--nonsense"),
+        ("--lang", "fr", "status"),
+        ("models", "convert", "x"),
+        ("keys",),
+        ("keys", "x"),
+    ],
 )
 def test_a_mistyped_command_exits_2_and_names_the_help(args: tuple[str, ...]) -> None:
     done = cli(*args)

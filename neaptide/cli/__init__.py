@@ -75,7 +75,7 @@ def build() -> click.Group:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run `neaptide argv...` and exit."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     words.use(words.wanted(_option(args, "--lang")))
     try:
         code = build().main(args, prog_name="neaptide", standalone_mode=False)

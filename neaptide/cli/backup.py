@@ -16,7 +16,7 @@ from neaptide.control.port import BackupReport
 _ARCHIVE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.group("backup", help=say("backup.help"))
+@click.group("backup", no_args_is_help=False, help=say("backup.help"))
 def backup() -> None:
     pass
 

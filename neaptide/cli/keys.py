@@ -14,7 +14,7 @@ from neaptide.cli.words import say
 from neaptide.control.port import CreatedKey, KeyInfo, Keys, NewKey
 
 
-@click.group("keys", help=say("keys.help"))
+@click.group("keys", no_args_is_help=False, help=say("keys.help"))
 def keys() -> None:
     pass
 

@@ -14,7 +14,7 @@ from neaptide.cli.words import say
 from neaptide.control.port import DeploymentStatus, Models, NotFoundError
 
 
-@click.group("models", help=say("models.help"))
+@click.group("models", no_args_is_help=False, help=say("models.help"))
 def models() -> None:
     pass
 
