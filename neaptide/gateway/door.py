@@ -162,6 +162,7 @@ class Door:
         self._release(exchange)
         if exchange.begun:
             lane.running -= 1
+        lane.tokens += exchange.tokens
         lane.metrics.count(usage)
         if self.access is not None:
             self.access.add(UsageLine(exchange.connection.peer, usage))
@@ -299,13 +300,17 @@ class Door:
 
     def gauges(self, now: float, connections: int) -> Gauges:
         targets = [t for lane in self.lanes.values() for t in lane.targets]
+        running: dict[str, int] = {}
+        for exchange in self.live:
+            model = exchange.lane.row.model
+            running[model] = running.get(model, 0) + exchange.tokens
         return Gauges(
             gateway=self.name,
             mono_s=now,
             fast=self.table.fast.version,
             slow=self.table.slow.version,
             connections=connections,
-            models={model: lane.gauge(now) for model, lane in self.lanes.items()},
+            models={model: lane.gauge(now, running.get(model, 0)) for model, lane in self.lanes.items()},
             replicas={t.row.id: t.in_flight for t in targets},
             unreachable=tuple(t.row.id for t in targets if t.failures),
             disk=self.journal.refusal() or "",

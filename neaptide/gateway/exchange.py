@@ -38,6 +38,7 @@ LEAVING_S = 5.0  # how long a link's replica has to tell what an aborted request
 WHOLE_ANSWER = 64 << 10  # a longer answer that does not stream is passed on as it comes
 RETRY_STATUS = frozenset((502, 503))
 PASSED_HEADERS = frozenset((b"warning", b"cache-control", b"retry-after"))
+TOKEN_END = b"null}]}\n\n"  # how an event ends that carries neither a finish reason nor usage
 READS_KEPT = 6  # last reads of a stream in which usage and finish reason are looked for
 _DONE = (answer.DONE, b"data: [DONE]\r\n\r\n", b"data:[DONE]\n\n")
 
@@ -60,6 +61,7 @@ class Exchange:
         "_opened",
         "_parts",
         "_passed",
+        "_plain",
         "_prompt_bytes",
         "_recent",
         "_sse",
@@ -118,6 +120,7 @@ class Exchange:
         self._finish = ""
         self._last = b""
         self._opened = self._broken = False
+        self._plain = False  # a stream at an event's end: nothing held back, nothing partly hidden
         self._forget_answer()
 
     def _forget_answer(self) -> None:
@@ -166,11 +169,22 @@ class Exchange:
         return True
 
     def on_body(self, data: bytes, now: float) -> None:
+        if self._plain and data.endswith(TOKEN_END) and (self._hide is None or b'"usage"' not in data):
+            self._timing.mark(now, data.count(b"data:"))  # the common read: whole events, nothing to look for
+            self.connection.write(b"%x\r\n%b\r\n" % (len(data), data))
+            return
         if self.state > OPEN:
             return
         self.state_s = now
         if self._sse:
             self._pass_events(data, now)
+            self._plain = (
+                self.state == OPEN
+                and self.call.http11
+                and not self._held
+                and (self._hide is None or not self._hide.held)
+                and sse.ends_event(data)
+            )
             return
         self._parts.append(data)
         self._body_bytes += len(data)
@@ -199,9 +213,7 @@ class Exchange:
         self._settle(body, now)
 
     def _pass_events(self, data: bytes, now: float) -> None:
-        tokens = data.count(b"data:")
-        self._timing.mark(now, tokens)
-        self.lane.tokens += tokens
+        self._timing.mark(now, data.count(b"data:"))
         if self._recent is not None:
             self._recent.append(data[-sse.TAIL_BYTES :])
         if self._hide is not None:
@@ -235,7 +247,6 @@ class Exchange:
             return
         self.state_s = now
         self._timing.mark(now, tokens)
-        self.lane.tokens += tokens
         if data:
             if self.state != OPEN:
                 self._sse, self._content_type = True, answer.EVENTS
@@ -323,6 +334,7 @@ class Exchange:
             self._settle(b"", now)
         elif self.state < LEAVING:
             self.outcome, self.error = "aborted", "client_left"
+            self._plain = False
             self._abort_upstream()
             if self.target is not None and self.target.link:
                 self.state, self.state_s = LEAVING, now
@@ -330,6 +342,11 @@ class Exchange:
                 tail = b"".join(self._recent or ())
                 self._counts = sse.usage(tail) if tail else None
                 self._settle(b"", now)
+
+    @property
+    def tokens(self) -> int:
+        """Generated so far, as far as the gateway can tell."""
+        return self._timing.tokens
 
     def check(self, now: float) -> None:
         """Called by the sweep: is anything overdue?"""
@@ -349,7 +366,7 @@ class Exchange:
         elif self.state_s == self.sent_s:
             if now - self.sent_s > timeouts.first_byte_s:
                 self._late("first_byte_timeout", f"the replica said nothing for {timeouts.first_byte_s:g} s", now)
-        elif now - self.state_s > timeouts.idle_s:
+        elif now - max(self.state_s, self._timing.last_s) > timeouts.idle_s:
             self._late("idle_timeout", f"the replica fell silent for {timeouts.idle_s:g} s", now)
 
     def _late(self, slug: str, why: str, now: float) -> None:
@@ -407,6 +424,7 @@ class Exchange:
     def _settle(self, last: bytes, now: float) -> None:
         """The row, then `last` to the client."""
         self.state = DONE
+        self._plain = False
         self.handle = None
         self._last = last
         if self.outcome == "ok" and self._status >= 400:

@@ -34,7 +34,8 @@ class Lane:
         self.row = row
         self.line.cap, self.line.max_wait_s = row.max_waiting, row.max_wait_s
 
-    def gauge(self, now: float) -> ModelGauge:
+    def gauge(self, now: float, tokens: int) -> ModelGauge:
+        """`tokens`: of the requests that still run."""
         return ModelGauge(
             arrivals=self.metrics.arrivals,
             waiting=len(self.line),
@@ -42,5 +43,5 @@ class Lane:
             running=self.running,
             done=self.metrics.done,
             errors=self.metrics.errors,
-            tokens=self.tokens,
+            tokens=self.tokens + tokens,
         )

@@ -88,27 +88,27 @@ class HideUsage:
     """Takes the chunk with usage and no choices out of a stream whose client did not ask for it. Only whole events
     pass, so at most one unfinished event is held."""
 
-    __slots__ = ("_held", "seen")
+    __slots__ = ("held", "seen")
 
     def __init__(self) -> None:
-        self._held = b""
+        self.held = b""
         self.seen = b""  # the hidden event, for the record
 
     def feed(self, data: bytes) -> bytes:
         """The part of the stream that may go out now."""
-        if self._held:
-            data, self._held = self._held + data, b""
+        if self.held:
+            data, self.held = self.held + data, b""
         if not ends_event(data):
             cut = _last_boundary(data)
             data, rest = data[:cut], data[cut:]
             if len(rest) > EVENT_BYTES:  # not an event stream that we understand: pass it on
                 return data + rest
-            self._held = rest
+            self.held = rest
         return self._without_usage(data) if _USAGE_OBJECT.search(data) else data
 
     def rest(self) -> bytes:
         """What is still held at the end of the stream."""
-        data, self._held = self._held, b""
+        data, self.held = self.held, b""
         return self._without_usage(data) if data else data
 
     def _without_usage(self, data: bytes) -> bytes:

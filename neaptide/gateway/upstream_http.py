@@ -181,6 +181,7 @@ class Connection(asyncio.Protocol):
         sink.handle = self
         self.uses += 1
         self._head_seen = 0
+        self._headers_done = False
         head, body = self._pool.request_bytes(order)
         if len(body) <= WHOLE_WRITE:
             transport.write(head + body)
@@ -238,42 +239,48 @@ class Connection(asyncio.Protocol):
             if self._transport is not None:
                 self._transport.abort()
             return
-        if self._known is not None and not self._head_seen:
-            head, status, headers = self._known
-            body = head.body(data)
-            if body is not None:
-                self._head_seen = len(data)
-                if sink.on_head(status, headers):
-                    self._reusable = True
-                    self._finish(sink, body)
-                else:
-                    self._quit()
-                return
-        if not self._head_seen:
-            self._reset()
-        if not self._headers_done:
-            self._head_seen += len(data)
+        if not self._headers_done and self._begin_answer(data, sink):
+            return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as e:
             self._bad(sink, f"sent invalid HTTP ({e})")
             return
+        parts = self._parts
+        if self._complete or self._unwanted or not self._headers_done:
+            self._after_read(data, sink)
+        elif parts:
+            self._parts = []
+            sink.on_body(parts[0] if len(parts) == 1 else b"".join(parts), mono_s())
+
+    def _begin_answer(self, data: bytes, sink: Sink) -> bool:
+        """The first bytes of an answer. True: its head is known and it came whole, so it is already passed on."""
+        if not self._head_seen:
+            body = self._known[0].body(data) if self._known is not None else None
+            if self._known is not None and body is not None:
+                self._head_seen = len(data)
+                if sink.on_head(self._known[1], self._known[2]):
+                    self._reusable = True
+                    self._finish(sink, body)
+                else:
+                    self._quit()
+                return True
+            self._reset()
+        self._head_seen += len(data)
+        return False
+
+    def _after_read(self, data: bytes, sink: Sink) -> None:
+        """A read that did not merely bring more of a body."""
         if self._unwanted:
             self._quit()
-            return
-        if not self._headers_done:
+        elif not self._headers_done:
             if self._head_seen > HEAD_AT_MOST:
                 self._bad(sink, f"sent a head of more than {HEAD_AT_MOST} bytes")
-            return
-        parts = self._parts
-        if self._complete:
-            self._parts = []
+        else:
+            parts, self._parts = self._parts, []
             if self._reusable and self._misses < MISSES_AT_MOST and self._head_seen == len(data):
                 self._learn(data)
             self._finish(sink, b"".join(parts) if len(parts) != 1 else parts[0])
-        elif parts:
-            self._parts = []
-            sink.on_body(b"".join(parts) if len(parts) != 1 else parts[0], mono_s())
 
     def _learn(self, data: bytes) -> None:
         """Remember the head of a plain answer that came whole in one read."""
