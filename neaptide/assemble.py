@@ -225,7 +225,7 @@ class Service:
             journal_dir=str(self.state.journal / f"{id}-{epoch}"),
             pepper=self.pepper,
             token=self.token,
-            access_log=str(self.state.log / "access.jsonl") if self.settings.access_log else "",
+            access_log=str(self.state.log / access_name(number)) if self.settings.access_log else "",
             segment_bytes=self.settings.journal.segment_mib << 20,
             grace_s=self.options.grace_s,
             version=__version__,
@@ -234,6 +234,11 @@ class Service:
         return ChildSpec(
             kind="gateway", id=id, epoch=epoch, module="neaptide.gateway", document=document, fds=(listen_fd,)
         )
+
+
+def access_name(number: int) -> str:
+    """A file a gateway: each rotates its own."""
+    return "access.jsonl" if number == 0 else f"access-{number}.jsonl"
 
 
 def main() -> None:

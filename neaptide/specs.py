@@ -15,6 +15,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, msgspec.Raw] = {}  # the engine's own settings: threads, kv_mib, chunk_tokens, max_running ...
     slo_tpot_s: float = 0.1
     prefix_cache: str = "shared"  # shared | tenant | off
+    max_tokens_default: int = 1024  # where the client gives no limit
     token: str = ""  # boot token that the link's HELLO must carry
     link_path: str = ""
     http_path: str = ""  # Unix socket for health, metrics and the OpenAI API

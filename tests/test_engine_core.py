@@ -216,7 +216,7 @@ def test_a_missing_model_names_the_file_and_the_way_to_get_it(start: Callable[..
     failed = process.receive()
     assert isinstance(failed, Failed)
     assert str(tmp_path / "openvino_model.xml") in failed.what
-    assert "optimum-cli" in failed.fix
+    assert "convert" in failed.fix
     assert process.exit_code() == 1
 
 
@@ -224,13 +224,14 @@ def test_a_damaged_model_names_the_file(start: Callable[..., Process], tmp_path:
     pytest.importorskip("openvino_genai")
     config = {
         "num_attention_heads": 2, "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 9,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 64, "eos_token_id": 2,
     }  # fmt: skip
     (tmp_path / "config.json").write_bytes(msgspec.json.encode(config))
-    (tmp_path / "openvino_model.xml").write_text("<net>")
-    (tmp_path / "openvino_model.bin").write_bytes(b"")
+    (tmp_path / "openvino_model.xml").write_text("<net></net>")
+    (tmp_path / "openvino_model.bin").write_bytes(b"\0" * 64)
+    (tmp_path / "tokenizer.json").write_text("{}")
     process = start("openvino", str(tmp_path))
     failed = process.receive()
     assert isinstance(failed, Failed)
-    assert (failed.code, process.exit_code()) == ("E203", 1)
+    assert (failed.code, process.exit_code()) == ("E202", 1)
     assert "openvino_model.xml" in failed.what

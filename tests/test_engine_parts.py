@@ -1,4 +1,4 @@
-"""The engine's pure parts: KV accounting, the prefix model, calibration, what a model directory says."""
+"""The engine's pure parts: KV accounting, the prefix model, calibration, the size of a block."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neaptide.engine import calibrate, model_files
+from neaptide.engine import calibrate
 from neaptide.engine.blocks import PrefixModel, Reservations
 from neaptide.engine.calibrate import Calibration
-from neaptide.errors import ModelError
-
-CONFIG = {
-    "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 8192,
-    "max_position_embeddings": 4096, "eos_token_id": 2,
-}  # fmt: skip
+from neaptide.models import directory
+from neaptide.models.sources import GUIDE
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 300)), max_size=60))
@@ -78,26 +74,8 @@ def test_calibrations_kept_are_bounded(tmp_path: Path) -> None:
     assert calibrate.recall(str(tmp_path), str(calibrate.KEPT + 2)) == Calibration(1.0)
 
 
-def model(directory: Path, config: object = CONFIG) -> Path:
-    for name in (model_files.MODEL, model_files.WEIGHTS):
-        (directory / name).write_bytes(b"x")
-    (directory / model_files.CONFIG).write_bytes(msgspec.json.encode(config))
-    return directory
-
-
-def test_a_model_directory_tells_its_shape(tmp_path: Path) -> None:
-    files = model_files.read(str(model(tmp_path)))
-    assert (files.context_tokens, files.vocab_size, files.head_dim, files.kv_heads) == (4096, 8192, 64, 2)
-    assert files.eos_ids == {2}
-    assert files.kv_block_bytes == 19456, "what the library reports for this shape"
-
-
-def test_the_generation_config_has_the_last_word_on_the_end(tmp_path: Path) -> None:
-    (model(tmp_path) / model_files.GENERATION).write_text('{"eos_token_id": [5, 6]}')
-    assert model_files.read(str(tmp_path)).eos_ids == {5, 6}
-
-
-@pytest.mark.parametrize("config", [{}, {**CONFIG, "hidden_size": None}, {**CONFIG, "vocab_size": "many"}])
-def test_a_config_that_is_no_decoder_names_the_file(tmp_path: Path, config: object) -> None:
-    with pytest.raises(ModelError, match=r"config\.json"):
-        model_files.read(str(model(tmp_path, config)))
+def test_a_block_of_kv_memory_is_as_large_as_the_library_reports() -> None:
+    pipeline = pytest.importorskip("neaptide.engine.openvino_pipeline", reason="the extra `cpu` is not installed")
+    guide = directory.read(GUIDE)
+    shape = msgspec.structs.replace(guide, layers=2, kv_heads=2, head_dim=64)
+    assert pipeline.block_bytes(shape) == 19456

@@ -26,6 +26,7 @@ LAYERS = (
 NEIGHBOURS = {
     ("config", "table"): "the limits and timeouts an operator writes are the ones gateways are told",
     ("journal", "clock"): "a record's time comes from where all time comes from",
+    ("engine", "models"): "what a model directory holds is read and checked in one place",
 }
 
 

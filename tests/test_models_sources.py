@@ -82,7 +82,7 @@ def test_the_precision_of_uncompressed_weights_is_that_of_their_constants(
     assert directory.read(path).precision == label
 
 
-def test_the_digest_follows_small_files_and_sizes_and_the_content_digest_the_weights(tmp_path: Path) -> None:
+def test_the_digest_follows_files_and_samples_of_the_weights_but_not_notes(tmp_path: Path) -> None:
     path = model_directory(tmp_path / "m")
     first = directory.read(path)
     (path / "openvino_model.bin").write_bytes(b"\2" * 3_000_000)
@@ -91,7 +91,7 @@ def test_the_digest_follows_small_files_and_sizes_and_the_content_digest_the_wei
     other_tokenizer = directory.read(path)
     (path / "README.md").write_text("notes are not the model")
 
-    assert first.digest == other_weights.digest != other_tokenizer.digest
+    assert len({first.digest, other_weights.digest, other_tokenizer.digest}) == 3
     assert first.content_digest() == other_weights.content_digest()  # lazily: both read the disk as it is now
     assert directory.read(path).digest == other_tokenizer.digest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import re
@@ -48,19 +49,20 @@ class Filter(NamedTuple):
 def logs(session: Session, follow: bool, last: int, model: str | None, status: str | None, since: str | None) -> None:
     wanted = Filter(model, None if status is None else statuses(status), when(since, "--since"))
     path = session.state / "log" / "access.jsonl"
+    tails = [Tail(path), *map(Tail, sorted(path.parent.glob("access-*.jsonl")))]  # one a gateway
     if not path.exists() and not follow:
         raise ConfigError(
             f"{path} does not exist", why="nothing was served from here yet, or access_log is off", code="E111",
             fix="neaptide up, or pass --state DIR",
         )  # fmt: skip
-    tail = Tail(path)
-    found: Iterable[dict[str, Any]] = filter(wanted.passes, rows(tail.history()))
+    merged = heapq.merge(*(rows(tail.history()) for tail in tails), key=lambda row: float(row.get("at", 0.0)))
+    found: Iterable[dict[str, Any]] = filter(wanted.passes, merged)
     if since is None:
         found = deque(found, maxlen=last)
     for row in found:
         _print(session, row)
     while follow:
-        for row in filter(wanted.passes, rows(tail.fresh())):
+        for row in filter(wanted.passes, rows(line for tail in tails for line in tail.fresh())):
             _print(session, row)
         time.sleep(POLL_S)
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -111,7 +112,7 @@ class Control:
         await self._serve_admin((loop, keeping))
 
     async def _serve_admin(self, tasks: tuple[asyncio.Task[None], ...]) -> None:
-        app = build_app(self, self.state.secret(self.state.admin_token))
+        app = build_app(self, self.state.secret(self.state.admin_token), _names(self.spec.admin_url))
         server = AdminServer(
             uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=5)
         )
@@ -256,6 +257,7 @@ class Control:
             options=options,
             slo_tpot_s=m.slo.tpot_s,
             prefix_cache=m.prefix_cache,
+            max_tokens_default=m.max_tokens_default,
             token=self.spec.token,
             link_path=str(self.local.link_path(launch.replica)),
             http_path=str(self.local.http_path(launch.replica)),
@@ -337,6 +339,11 @@ def locate(model: ModelSettings, cache: Path, say: Callable[[str], None]) -> tup
         return "", ""
     found = resolve(model.source, cache, say)
     return str(found.path), found.digest
+
+
+def _names(url: str) -> tuple[str, ...]:
+    """The host that the operator gave the admin listener: browsers may use it."""
+    return (host,) if (host := urllib.parse.urlsplit(url).hostname) else ()
 
 
 def _kept(state: StateDir) -> tuple[str, Path]:

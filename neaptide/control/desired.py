@@ -14,7 +14,7 @@ from neaptide.types import Deployment, Revision
 
 AT_NEXT_UP = ("listen", "admin", "gateways", "journal", "access_log", "ledger")
 # What makes another revision: the weights, the engine and how it runs. Prices, SLO and limits do not.
-REVISION_KEYS = ("source", "engine", "options", "prefix_cache", "replicas")
+REVISION_KEYS = ("source", "engine", "options", "prefix_cache", "max_tokens_default", "replicas")
 
 
 def revision(name: str, model: ModelSettings, digest: str) -> Revision:

@@ -52,7 +52,7 @@ def upgrade(database: Database, now_s: float, *, steps: Path = HERE) -> Path | N
         raise StorageError(
             f"the ledger {database.label} is at revision {at}, this version knows up to {known[-1]}",
             why="a newer Neaptide has written it",
-            fix="install that version again, or restore a copy made before (ledger.db.bak-..., `neaptide restore`)",
+            fix="install that version again, or put back a copy: ledger.db.bak-..., `neaptide backup restore`",
             code="E513",
         )
     copy = _copy(database.path, at, now_s) if at and database.path else None

@@ -41,10 +41,9 @@ def is_close(chunk: int, other: int) -> bool:
     return max(chunk, other) <= TOLERANCE * min(chunk, other)
 
 
-def key(*, directory: str, changed_ns: int, threads: int, precision: str, library: str) -> str:
-    """What a rate hangs on. The model by path and change time: hashing gigabytes at each start would cost more than
-    measuring again after a copy."""
-    facts = [os.path.realpath(directory), changed_ns, threads, precision, library, _processor()]
+def key(*, model: str, threads: int, precision: str, library: str) -> str:
+    """What a rate hangs on; `model` is its directory's digest."""
+    facts = [model, threads, precision, library, _processor()]
     return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()[:24]
 
 

@@ -35,8 +35,9 @@ class Read(NamedTuple):
 class Intake:
     """`preparing` counts the bodies that are in a thread now."""
 
-    def __init__(self, model: Model, description: Description) -> None:
+    def __init__(self, model: Model, description: Description, max_tokens_default: int) -> None:
         self.model, self.description = model, description
+        self._max_tokens_default = max_tokens_default
         self.preparing = 0
         self._can = Abilities(description.logprobs, description.json_schema)
         self._threads = ThreadPoolExecutor(THREADS, "prepare")
@@ -48,7 +49,7 @@ class Intake:
             return Read(asked, encode(self.model, asked.prompt), None)
         parse = parse_chat if opened.route == "chat.completions" else parse_completion
         generation = parse(body, self._can)
-        prepared = prepare(self.model, self.description, generation)
+        prepared = prepare(self.model, self.description, generation, self._max_tokens_default)
         return Read(generation, prepared.prompt_ids, prepared)
 
     def read_elsewhere(self, opened: OpenHeader, body: bytes, then: Callable[[asyncio.Future[Read]], None]) -> None:

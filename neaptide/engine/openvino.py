@@ -15,7 +15,6 @@ from typing import Any
 
 from neaptide.engine import openvino_pipeline as pipeline
 from neaptide.engine.blocks import PrefixModel, Reservations
-from neaptide.engine.model_files import BLOCK_TOKENS
 from neaptide.engine.protocol import Capacity, Description, Emission, Sampling
 from neaptide.specs import ReplicaSpec
 
@@ -54,8 +53,8 @@ class OpenVinoEngine:
         self._plan, self._pipeline = pipeline.load(pipeline.plan(spec), spec, stages)
         planned = self._plan
         self._model = spec.model
-        self._kv = Reservations(planned.kv_blocks, BLOCK_TOKENS)
-        self._prefixes = PrefixModel(planned.kv_blocks, BLOCK_TOKENS) if planned.prefix_cache else None
+        self._kv = Reservations(planned.kv_blocks, pipeline.BLOCK_TOKENS)
+        self._prefixes = PrefixModel(planned.kv_blocks, pipeline.BLOCK_TOKENS) if planned.prefix_cache else None
         self._serial = count(1)
         self._waiting: deque[_Sequence] = deque()
         self._running: dict[int, _Sequence] = {}
@@ -72,7 +71,7 @@ class OpenVinoEngine:
             vocab_size=planned.files.vocab_size,
             max_running=planned.max_running,
             kv_tokens=self._kv.total_tokens,
-            kv_block_tokens=BLOCK_TOKENS,
+            kv_block_tokens=pipeline.BLOCK_TOKENS,
             chunk_tokens=planned.batched_tokens,
             precision=planned.precision,
             prefix_cache=planned.prefix_cache,
@@ -115,11 +114,11 @@ class OpenVinoEngine:
             self._settled.append(Emission(id=id, finish="length"))
             return
         try:
-            config = pipeline.generation_config(sampling, left, len(generated_ids), files.eos_ids)
+            config = pipeline.generation_config(sampling, left, len(generated_ids), frozenset(files.eos_token_ids))
             config.validate()
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"sampling refused: {pipeline.last_line(error)}") from error
-        stops = pipeline.stop_ids(sampling, files.eos_ids)
+        stops = pipeline.stop_ids(sampling, frozenset(files.eos_token_ids))
         self._waiting.append(_Sequence(id, next(self._serial), prompt, left, stops, config))
         self._admit()
 

@@ -15,11 +15,12 @@ import msgspec
 import numpy as np
 
 from neaptide.clock import mono_s
-from neaptide.engine import calibrate, model_files
-from neaptide.engine.model_files import BLOCK_TOKENS, ModelFiles
+from neaptide.engine import calibrate
 from neaptide.engine.options import PLACEMENT, parse
 from neaptide.engine.protocol import Sampling
 from neaptide.errors import ConfigError, ModelError
+from neaptide.models import directory
+from neaptide.models.directory import ModelDir
 from neaptide.specs import ReplicaSpec
 
 # `import openvino` reports itself over the network unless this package is absent. Its converter, which we never call,
@@ -33,6 +34,7 @@ import openvino_genai as genai  # noqa: E402
 UNDERSTOOD = (
     "threads", "kv_mib", "max_running", "chunk_tokens", "precision", "context_tokens", *PLACEMENT,
 )  # fmt: skip
+BLOCK_TOKENS = 32  # of the CPU plugin's paged attention; block_bytes was checked against its report
 MAX_RUNNING = 64
 KV_SHARE = 4  # at most 1/4 of free memory for KV, unless kv_mib says otherwise
 GREEDY_BELOW = 1e-5  # colder, the softmax overflows and the answer is noise
@@ -43,7 +45,7 @@ PRECISIONS = (None, "f32", "bf16", "f16")
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the pipeline is built with; the raw benchmark builds the very same one."""
 
-    files: ModelFiles
+    files: ModelDir
     threads: int
     precision: str  # of the arithmetic; weights keep their own
     max_running: int
@@ -67,7 +69,7 @@ def plan(spec: ReplicaSpec) -> Plan:
             why="the openvino engine computes in f32, bf16 or f16",
             fix=f"correct models.{spec.model}.options.precision, or remove it",
         )
-    files = model_files.read(spec.source)
+    files = directory.read(Path(spec.source))
     if options.context_tokens is not None:
         files = msgspec.structs.replace(files, context_tokens=min(options.context_tokens, files.context_tokens))
     max_running = options.max_running or MAX_RUNNING
@@ -101,13 +103,13 @@ def build(plan: Plan) -> Any:
         "ENABLE_CPU_PINNING": plan.pinned,
     }
     try:
-        return genai.ContinuousBatchingPipeline(plan.files.directory, scheduler, "CPU", properties)
+        return genai.ContinuousBatchingPipeline(str(plan.files.path), scheduler, "CPU", properties)
     except RuntimeError as error:
         raise ModelError(
-            f"{Path(plan.files.directory) / model_files.MODEL} cannot be loaded: {last_line(error)}",
-            why="the file is damaged, or made by an OpenVINO that this one does not understand",
-            fix=model_files.CONVERT,
-            code="E203",
+            f"{plan.files.path / directory.MODEL_XML} cannot be loaded: {last_line(error)}",
+            why="it or its weights are damaged, or made by an OpenVINO that this one does not understand",
+            fix="convert the model again: neaptide models convert DIR --to int8",
+            code="E202",
         ) from error
 
 
@@ -145,8 +147,7 @@ def load(planned: Plan, spec: ReplicaSpec, stages: dict[str, float]) -> tuple[Pl
     """Load, measure prefill where no measurement is kept, load again where the guess was far off, warm up."""
     library, files, started_s = ov.get_version(), planned.files, mono_s()
     key = calibrate.key(
-        directory=files.directory,
-        changed_ns=files.changed_ns,
+        model=files.digest,
         threads=planned.threads,
         precision=planned.precision,
         library=library,
@@ -154,7 +155,7 @@ def load(planned: Plan, spec: ReplicaSpec, stages: dict[str, float]) -> tuple[Pl
     known = calibrate.recall(spec.cache_dir, key)
     measure = known is None and not planned.chunk_tokens
     if not planned.chunk_tokens:
-        rate = known.prefill_tokens_per_s if known else calibrate.guessed_rate(files.weights_bytes, planned.threads)
+        rate = known.prefill_tokens_per_s if known else calibrate.guessed_rate(files.weight_bytes, planned.threads)
         planned = msgspec.structs.replace(planned, chunk_tokens=calibrate.chunk_tokens(rate, spec.slo_tpot_s))
     built = build(planned)
     stages["load_s"], started_s = mono_s() - started_s, mono_s()
@@ -204,10 +205,18 @@ def _run(built: Any, prompt: list[int], max_new_tokens: int) -> None:
         built.step()
 
 
-def _kv_blocks(files: ModelFiles, max_running: int, kv_mib: int | None) -> int:
+def block_bytes(files: ModelDir) -> int:
+    """KV memory of a block in all layers, 8-bit: keys scaled by channel (one f32 scale and zero point a channel and
+    block), values by token."""
+    keys = BLOCK_TOKENS * files.head_dim + 8 * files.head_dim
+    values = BLOCK_TOKENS * (files.head_dim + 8)
+    return files.layers * files.kv_heads * (keys + values)
+
+
+def _kv_blocks(files: ModelDir, max_running: int, kv_mib: int | None) -> int:
     """The given MiB, or enough for `max_running` full contexts within a share of free memory. The library touches
     pages as it uses them, and keeps them."""
-    block = files.kv_block_bytes
+    block = block_bytes(files)
     if kv_mib is not None:
         return max(2, (kv_mib << 20) // block)
     wanted = max_running * -(-files.context_tokens // BLOCK_TOKENS)

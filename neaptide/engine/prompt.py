@@ -11,7 +11,6 @@ from neaptide.engine.tokens import ByteTokenizer, Tokenizer, load_tokenizer
 from neaptide.errors import RequestError
 from neaptide.wire.parse import Generation, Prompt
 
-DEFAULT_MAX_TOKENS = 1024  # where the client gives no limit; the gateway reserves the same (max_tokens_default)
 LEAST_TOP_P = 1e-6  # OpenAI accepts 0; samplers want a positive nucleus
 
 
@@ -67,25 +66,27 @@ def _too_long(context_tokens: int, tokens: object, param: str) -> RequestError:
     return RequestError(400, message, slug="context_length_exceeded", param=param)
 
 
-def prepare(model: Model, description: Description, asked: Generation) -> Prepared:
-    """RequestError 400 when the prompt is empty, unknown, or too long for the context or the KV memory."""
+def prepare(model: Model, description: Description, asked: Generation, default: int) -> Prepared:
+    """`default`: max_tokens where the client gives no limit.
+
+    RequestError 400 when the prompt is empty, unknown, or too long for the context or the KV memory."""
     ids = encode(model, asked.prompt, description.context_tokens)
     param = "messages" if asked.chat else "prompt"
     if not ids:
         raise RequestError(400, f"'{param}' is empty: it has no tokens.", param=param)
     if asked.prompt.ids is not None and (largest := max(ids)) >= description.vocab_size:
         raise RequestError(400, f"Token id {largest} is not in a vocabulary of {description.vocab_size}.", param=param)
-    max_tokens = _answer_tokens(description, asked, len(ids), param)
+    max_tokens = _answer_tokens(description, asked, default, len(ids), param)
     return Prepared(ids, _sampling(model.defaults, asked, max_tokens))
 
 
-def _answer_tokens(description: Description, asked: Generation, prompt_tokens: int, param: str) -> int:
+def _answer_tokens(description: Description, asked: Generation, default: int, prompt_tokens: int, param: str) -> int:
     """The client's limit, or a default, cut to what context (and, for the default, KV memory) leaves."""
     room = description.context_tokens - prompt_tokens
     if room < 1:
         raise _too_long(description.context_tokens, prompt_tokens, param)
     kv_room = whole_blocks(description.kv_tokens, description.kv_block_tokens) - prompt_tokens
-    limit = min(max(kv_room, 1), DEFAULT_MAX_TOKENS) if asked.max_tokens is None else asked.max_tokens
+    limit = min(max(kv_room, 1), default) if asked.max_tokens is None else asked.max_tokens
     room = min(room, limit)
     if room > kv_room:
         message = (

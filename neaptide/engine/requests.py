@@ -172,7 +172,7 @@ class Admission:
 class Tally:
     """What became of recent requests, by the gateway's request id; bounded, oldest forgotten first."""
 
-    def __init__(self, most: int = 20_000) -> None:
+    def __init__(self, most: int = 2_000) -> None:
         self._rows: OrderedDict[str, Job | TallyRow] = OrderedDict()
         self._most = most
 

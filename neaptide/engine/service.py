@@ -70,7 +70,7 @@ class Service:
     def ready(self, model: Model, description: Description) -> None:
         """The engine is warm: take requests."""
         self.description = description
-        self._intake = Intake(model, description)
+        self._intake = Intake(model, description, self.spec.max_tokens_default)
         self._admission = Admission(description)
         self.state = READY
 

@@ -192,7 +192,7 @@ def load_tokenizer(directory: Path) -> ModelTokenizer:
         raise ModelError(
             f"{directory} has no tokenizer.json",
             why="the replica turns text into tokens with it",
-            fix="export the model together with its fast tokenizer (optimum-cli export openvino ...)",
+            fix="export the model together with its fast tokenizer (neaptide models convert does)",
             code="E220",
         )
     try:

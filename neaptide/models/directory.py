@@ -20,14 +20,15 @@ MODEL_XML, MODEL_BIN = "openvino_model.xml", "openvino_model.bin"
 REQUIRED = (MODEL_XML, MODEL_BIN, "tokenizer.json", "config.json")
 MAX_JSON_BYTES = 64 << 20  # the largest tokenizer.json seen is 33 MB
 MAX_TEMPLATE_CHARS = 256 << 10
-SMALL_BYTES = 1 << 20  # files up to this size count into the digest with their content
+SMALL_BYTES = 1 << 20  # files up to this size count into the digest with their content, larger ones with samples
+SAMPLES, SAMPLE_BYTES = 16, 64 << 10  # spread over a file: a model trained on differs everywhere
 MODE = re.compile(rb'<mode value="(int8|int4|nf4|mxfp4|e2m1|cb4)')
 CONSTANT = re.compile(rb'<data element_type="(bf16|f16|f32)"')
 
 
 class ModelDir(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked model directory. `digest` tells directories apart cheaply (names, sizes, content of small files);
-    `content_digest()` reads the weights too."""
+    """A checked model directory. `digest` tells directories apart cheaply (names, sizes, content of small files and
+    samples of large ones); `content_digest()` reads all of the weights."""
 
     path: Path
     name: str
@@ -226,8 +227,10 @@ def _digest(path: Path) -> str:
     for file in _files(path):
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\n".encode())
-        if size <= SMALL_BYTES:
-            digest.update(file.read_bytes())
+        with file.open("rb") as content:
+            for start in range(0, size, max(1, size // SAMPLES) if size > SMALL_BYTES else SMALL_BYTES):
+                content.seek(start)
+                digest.update(content.read(SAMPLE_BYTES if size > SMALL_BYTES else SMALL_BYTES))
     return digest.hexdigest()
 
 
