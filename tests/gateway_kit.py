@@ -29,14 +29,14 @@ KEY = "sk-test"
 AUTH = b"Authorization: Bearer sk-test\r\n"
 
 
-def run(main: Coroutine[Any, Any, None]) -> None:
-    """One test's coroutine, on uvloop as in production, bounded."""
+def run(main: Coroutine[Any, Any, None], uv: bool = True) -> None:
+    """One test's coroutine, bounded; on uvloop as in production, where the gateway runs in the test's own loop."""
 
     async def bounded() -> None:
         async with asyncio.timeout(60):
             await main
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop if uv else asyncio.new_event_loop) as runner:
         runner.run(bounded())
 
 
@@ -322,7 +322,7 @@ class Running:
 
 
 def key_row(key: str = KEY, **fields: Any) -> KeyRow:
-    return KeyRow(id=f"id-{key}", digest=digest(key.encode(), bytes.fromhex(PEPPER)), **fields)
+    return KeyRow(id="id-" + key.removeprefix("sk-"), digest=digest(key.encode(), bytes.fromhex(PEPPER)), **fields)
 
 
 def table(

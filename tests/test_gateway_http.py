@@ -74,7 +74,7 @@ def test_an_answer_comes_back_whole_with_its_ids_and_its_row():
             assert answer.headers["x-neaptide-request-id"] == row.request_id
             assert (row.outcome, row.status, row.finish, row.client_id) == ("ok", 200, "stop", "mine-1")
             assert (row.prompt_tokens, row.cached_tokens, row.output_tokens, row.max_tokens) == (7, 3, 2, 9)
-            assert (row.model, row.key, row.route) == ("m", f"id-{KEY}", "chat.completions")
+            assert (row.model, row.key, row.route) == ("m", "id-test", "chat.completions")
             assert row.prompt_bytes == len(replica.asked[0].body)
             assert [a.replica for a in row.attempts] == ["r0"]
             assert [b.request_id for b in running.journal.begins] == [row.request_id]
