@@ -11,11 +11,11 @@ from neaptide.errors import RequestError, StorageError
 from neaptide.gateway import admit, ids, queue, route
 from neaptide.gateway.access import AccessLog, Line, UsageLine
 from neaptide.gateway.call import Call
+from neaptide.gateway.connection import Connection
 from neaptide.gateway.exchange import DONE, WAITING, Exchange
 from neaptide.gateway.lane import Lane
 from neaptide.gateway.metrics import Metrics
 from neaptide.gateway.route import Target
-from neaptide.gateway.server import Connection
 from neaptide.gateway.upstream import Order, Upstream
 from neaptide.table import Gauges, KeyRow, ReplicaRow, Table
 from neaptide.types import Begin, Usage

@@ -28,9 +28,9 @@ from neaptide.types import Attempt, Outcome, Priority, Usage
 from neaptide.wire.peek import Peek
 
 if TYPE_CHECKING:
+    from neaptide.gateway.connection import Connection
     from neaptide.gateway.door import Door
     from neaptide.gateway.lane import Lane
-    from neaptide.gateway.server import Connection
 
 WAITING, SENT, OPEN, LEAVING, DONE = range(5)
 ATTEMPTS_AT_MOST = 3

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 HEAD_AT_MOST = 4096  # longer heads are not kept
-MISSES_AT_MOST = 8  # a peer whose heads differ each time is not tried for ever
+MISSES_AT_MOST = 8  # in a row: a peer whose heads differ each time is not learnt for ever
 _LENGTH = re.compile(rb"\r\ncontent-length:[ ]?(\d{1,9})\r\n", re.IGNORECASE)
 
 

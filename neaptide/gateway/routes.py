@@ -11,8 +11,9 @@ from neaptide.clock import wall_s
 from neaptide.errors import RequestError
 from neaptide.gateway import answer, metrics
 from neaptide.gateway.call import Call
+from neaptide.gateway.connection import Connection
 from neaptide.gateway.door import Door
-from neaptide.gateway.server import Connection, Server
+from neaptide.gateway.server import Server
 from neaptide.table import Cors, DeploymentRow, KeyRow, Limits
 
 INFERENCE = {

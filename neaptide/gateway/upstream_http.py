@@ -258,7 +258,7 @@ class Connection(asyncio.Protocol):
         if not self._head_seen:
             body = self._known[0].body(data) if self._known is not None else None
             if self._known is not None and body is not None:
-                self._head_seen = len(data)
+                self._head_seen, self._misses = len(data), 0
                 if sink.on_head(self._known[1], self._known[2]):
                     self._reusable = True
                     self._finish(sink, body)
