@@ -88,11 +88,10 @@ class HideUsage:
     """Takes the chunk with usage and no choices out of a stream whose client did not ask for it. Only whole events
     pass, so at most one unfinished event is held."""
 
-    __slots__ = ("held", "seen")
+    __slots__ = ("held",)
 
     def __init__(self) -> None:
         self.held = b""
-        self.seen = b""  # the hidden event, for the record
 
     def feed(self, data: bytes) -> bytes:
         """The part of the stream that may go out now."""
@@ -125,10 +124,7 @@ class HideUsage:
             read = _decode_event(line[5:].strip())
         except msgspec.DecodeError:
             return False
-        if read.choices or not bytes(read.usage).startswith(b"{"):
-            return False
-        self.seen = event[-TAIL_BYTES:]
-        return True
+        return not read.choices and bytes(read.usage).startswith(b"{")
 
 
 def _last_boundary(data: bytes) -> int:
