@@ -103,6 +103,7 @@ def deployments(c: Control) -> tuple[DeploymentStatus, ...]:
     for d in c.deployments:
         m = c.settings.models[d.model]
         mine = [r for r in c.replicas if r.deployment == d.model]
+        weights = c.sources[d.model]
         traits = next((t for r in mine if (t := c.local.about(r.id).description)), None)
         out.append(
             DeploymentStatus(
@@ -110,9 +111,9 @@ def deployments(c: Control) -> tuple[DeploymentStatus, ...]:
                 aliases=m.aliases,
                 revision=d.stable.id,
                 engine=d.stable.engine,
-                source=c.sources.get(d.model, "") or (m.source or ""),
+                source=weights.path or (m.source or ""),
                 context_tokens=traits.context_tokens if traits else None,
-                precision=traits.precision if traits else "",
+                precision=weights.precision,
                 scale=d.scale,
                 slo=d.slo,
                 ready=sum(r.state == "ready" for r in mine),

@@ -13,6 +13,7 @@ import socket
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import uvicorn
@@ -68,8 +69,7 @@ class Control:
         self.started_wall_s = wall_s()
         self.text, self.origin = _kept(self.state)
         self.settings = parse(self.text, str(self.origin), self.origin.parent)
-        self.digests: dict[str, str] = {}
-        self.sources: dict[str, str] = {}
+        self.sources: dict[str, Weights] = {}
         self.deployments: tuple[Deployment, ...] = ()
         self.replicas: Sequence[Replica] = ()
         self.failing: dict[str, str] = {}
@@ -229,11 +229,11 @@ class Control:
 
     async def _configure(self, settings: Settings) -> None:
         """Put `settings` in force. ModelError when a source cannot be had: nothing has changed then."""
-        sources, digests = {}, {}
+        sources = {}
         for name, model in settings.models.items():
-            sources[name], digests[name] = await asyncio.to_thread(locate, model, self.state.cache, self._progress)
-        self.settings, self.sources, self.digests = settings, sources, digests
-        self.deployments = tuple(deployment(n, m, digests[n]) for n, m in settings.models.items())
+            sources[name] = await asyncio.to_thread(locate, model, self.state.cache, self._progress)
+        self.settings, self.sources = settings, sources
+        self.deployments = tuple(deployment(n, m, sources[n].digest) for n, m in settings.models.items())
         now = int(wall_s())
         self.created_s = {d.model: self.created_s.get(d.model, now) for d in self.deployments}
         self.failing = {k: v for k, v in self.failing.items() if k in settings.models}
@@ -253,7 +253,7 @@ class Control:
             model=d.model,
             revision=d.stable.id,
             engine=m.engine or "openvino",
-            source=self.sources[d.model],
+            source=self.sources[d.model].path,
             options=options,
             slo_tpot_s=m.slo.tpot_s,
             prefix_cache=m.prefix_cache,
@@ -333,12 +333,20 @@ class AdminServer(uvicorn.Server):
         yield
 
 
-def locate(model: ModelSettings, cache: Path, say: Callable[[str], None]) -> tuple[str, str]:
-    """(directory, digest) of a model's weights; empty for echo and for replicas that somebody else runs."""
+class Weights(NamedTuple):
+    """Where a model lies on this host and what it is; empty for echo and for replicas that somebody else runs."""
+
+    path: str = ""
+    digest: str = ""
+    precision: str = ""
+
+
+def locate(model: ModelSettings, cache: Path, say: Callable[[str], None]) -> Weights:
+    """Find (and download, if it is on the hub) a model's weights. ModelError when they cannot be had."""
     if model.replicas or model.engine == "echo":
-        return "", ""
+        return Weights()
     found = resolve(model.source, cache, say)
-    return str(found.path), found.digest
+    return Weights(str(found.path), found.digest, found.precision)
 
 
 def _names(url: str) -> tuple[str, ...]:
