@@ -5,40 +5,17 @@ Plain lists on the hot path (a bisect and an addition, 0.2 us), rendered at scra
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterable
 from statistics import median
 
 from neaptide.engine.protocol import Description
 from neaptide.engine.requests import Job
 from neaptide.link import LoadReport
+from neaptide.observe.histogram import Histogram
 
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 REQUEST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
 RECENT_STEPS = 101
-
-
-class Histogram:
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def lines(self, name: str, labels: str) -> Iterable[str]:
-        yield f"# TYPE {name} histogram"
-        cumulated = 0
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts):
-            cumulated += count
-            yield f'{name}_bucket{{{labels},le="{bound}"}} {cumulated}'
-        yield f"{name}_sum{{{labels}}} {self.total:.9g}"
-        yield f"{name}_count{{{labels}}} {cumulated}"
 
 
 class Meters:
@@ -114,7 +91,7 @@ class Meters:
             ("vllm:request_queue_time_seconds", self.queue),
             ("neaptide_replica_step_seconds", self.step_time),
         ):
-            lines += histogram.lines(name, labels)
+            lines += (f"# TYPE {name} histogram", *histogram.lines(name, labels))
         return "\n".join([*lines, *_cache_config(labels, description)]) + "\n"
 
 
