@@ -20,7 +20,7 @@ from neaptide.cli import client
 from neaptide.cli.draw import size
 from neaptide.cli.host import free_gib, vector_unit
 from neaptide.clock import wall_s
-from neaptide.config import ModelSettings, Settings, host_port, load
+from neaptide.config import ModelSettings, Settings, host_port, load, parse
 from neaptide.control.backup import quick_check
 from neaptide.control.port import Status
 from neaptide.errors import ConfigError, NeaptideError
@@ -150,14 +150,28 @@ def _clock() -> list[Check]:
 
 
 def _config(state: Path, file: Path | None) -> tuple[Settings | None, Check]:
-    """The configuration: --file, ./neaptide.yaml, or the defaults."""
+    """The configuration: --file, what the state directory keeps in force, ./neaptide.yaml, or the defaults."""
     path = file or (Path("neaptide.yaml") if Path("neaptide.yaml").exists() else None)
     try:
-        settings = load(path)
+        kept = None if file else in_force(state / "config.json")
+        if kept is None:
+            settings = load(path)
+        else:
+            text, path = kept
+            settings = parse(text, str(path), path.parent)
     except NeaptideError as e:
         return None, Check("config", "fail", f"[{e.code}] {e.what}", e.fix)
     names = ", ".join(settings.models)
     return settings, Check("config", "ok", f"{path or 'the defaults'}: models {names}")
+
+
+def in_force(kept: Path) -> tuple[str, Path] | None:
+    """(text, where it came from) of the configuration that the last `up` or `apply` kept; None where there is none."""
+    try:
+        tree = json.loads(kept.read_text(encoding="utf-8"))
+        return tree["text"], Path(tree["origin"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _models(settings: Settings | None) -> list[Check]:
