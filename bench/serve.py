@@ -3,8 +3,9 @@
     .venv/bin/python -m bench.serve [--model DIR] [--streams 16,32] [--duration 20] [--repeat 3] [--only throughput,...]
 
 The engine has one thread, pinned to core 1, on both sides; gateway, replica I/O, control and load generator share core
-0. Every stream asks for the same prompt length and --tokens tokens with ignore_eos, in a closed loop; the raw side
-(bench/engine_raw.py) keeps as many sequences running and detokenises them. Both alternate; medians.
+0. With --threads 2 the engine has both cores and shares one with them. Every stream asks for the same prompt length and
+--tokens tokens with ignore_eos, in a closed loop; the raw side (bench/engine_raw.py) keeps as many sequences running
+and detokenises them. Both alternate; medians, and the median of the ratios pair by pair.
 
     throughput   tokens/s at each --streams, HTTP over raw; one stream too, for what batching gives
     overhead     with the built-in guide, CPU microseconds a token of all our processes minus those of the raw run
@@ -42,8 +43,18 @@ def made_model() -> Path:
     return MODEL / "int8"
 
 
-def config(name: str, source: Path | None) -> str:
-    options = {"threads": 1, "cpus": [kit.SERVE_CORE], "io_cpus": [kit.LOAD_CORE], "max_running": 64}
+def engine_cpus(threads: int) -> list[int]:
+    """One thread has a core of its own; two share both with everything else."""
+    return [kit.SERVE_CORE] if threads == 1 else [kit.LOAD_CORE, kit.SERVE_CORE]
+
+
+def config(name: str, source: Path | None, threads: int) -> str:
+    options = {
+        "threads": threads,
+        "cpus": engine_cpus(threads),
+        "io_cpus": [kit.LOAD_CORE],
+        "max_running": 64,
+    }
     model: dict[str, Any] = {"options": options}
     if source is not None:
         model["source"] = str(source.resolve())
@@ -74,55 +85,63 @@ def raw(model: Path, streams: int, args: argparse.Namespace) -> dict[str, Any]:
     """The same pipeline without us, in a process of its own: {"tok_s", "us_per_token", ...}."""
     command = [sys.executable, "-m", "bench.engine_raw", "--model", model, "--streams", streams]
     command += ["--duration", args.duration, "--warmup", args.warmup, "--tokens", args.tokens, "--prompt", PROMPT]
-    command += ["--threads", 1, "--cpu", kit.SERVE_CORE, "--json"]
+    cpus = ",".join(map(str, engine_cpus(args.threads)))
+    command += ["--threads", args.threads, "--cpu", cpus, "--json"]
     done = subprocess.run([str(part) for part in command], cwd=kit.ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise kit.BenchError(f"bench.engine_raw failed:\n{done.stderr}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def alternate(server: kit.Up, name: str, model: Path, streams: int, args: argparse.Namespace) -> dict[str, Any]:
-    """args.repeat runs of each side, turn by turn. The served engine idles while the raw one runs."""
-    found: dict[str, Any] = {"http": [], "raw": []}
+def alternate(
+    server: kit.Up, name: str, model: Path, streams: list[int], args: argparse.Namespace
+) -> dict[int, dict[str, Any]]:
+    """args.repeat runs of each side at each number of streams, turn by turn, so that the machine's moods fall on all of
+    them alike. The served engine idles while the raw one runs."""
+    found: dict[int, dict[str, Any]] = {n: {"http": [], "raw": []} for n in streams}
     for turn in range(args.repeat):
-        for side in ("http", "raw") if turn % 2 == 0 else ("raw", "http"):
-            result = over_http(server, name, streams, args) if side == "http" else raw(model, streams, args)
-            found[side].append(result)
-            print(f"{name} {streams} streams, {side}: {result['tok_s']:.0f} tokens/s", flush=True)
-    for measure in ("tok_s", "us_per_token"):
-        for side in ("http", "raw"):
-            found[f"{side}_{measure}"] = kit.median([r[measure] for r in found[side]])
+        for n in streams:
+            for side in ("http", "raw") if turn % 2 == 0 else ("raw", "http"):
+                result = over_http(server, name, n, args) if side == "http" else raw(model, n, args)
+                found[n][side].append(result)
+                print(f"{name} {n} streams, {side}: {result['tok_s']:.0f} tokens/s", flush=True)
+    for one in found.values():
+        for measure in ("tok_s", "us_per_token"):
+            for side in ("http", "raw"):
+                one[f"{side}_{measure}"] = kit.median([r[measure] for r in one[side]])
+        one["ratio"] = kit.median([h["tok_s"] / r["tok_s"] for h, r in zip(one["http"], one["raw"])])
     return found
 
 
 def throughput(model: Path, args: argparse.Namespace) -> tuple[dict[str, Any], list[list[str]]]:
-    found: dict[str, Any] = {}
-    rows = []
-    with kit.up(config("bench", model)) as server:
+    with kit.up(config("bench", model, args.threads)) as server:
         place(server)
-        for streams in sorted({1, *args.streams}):
-            found[str(streams)] = one = alternate(server, "bench", model, streams, args)
-            ratio = one["http_tok_s"] / one["raw_tok_s"]
-            rows.append(
-                [f"tokens/s, {streams} streams", f"{one['http_tok_s']:.0f}", f"{one['raw_tok_s']:.0f}", f"{ratio:.3f}"]
-            )
+        found = alternate(server, "bench", model, sorted({1, *args.streams}), args)
+    rows = [
+        [f"tokens/s, {n} streams", f"{x['http_tok_s']:.0f}", f"{x['raw_tok_s']:.0f}", f"{x['ratio']:.3f}"]
+        for n, x in found.items()
+    ]
     most = max(args.streams)
-    gain = found[str(most)]["http_tok_s"] / found["1"]["http_tok_s"]
-    rows.append([f"tokens/s, {most} streams over 1", f"{gain:.2f}", "", ""])
-    return found, rows
+    gains = {
+        side: kit.median([a["tok_s"] / b["tok_s"] for a, b in zip(found[most][side], found[1][side])])
+        for side in ("http", "raw")
+    }
+    rows.append([f"tokens/s, {most} streams over 1", f"{gains['http']:.2f}", f"{gains['raw']:.2f}", ""])
+    return {**{str(n): x for n, x in found.items()}, "gain": gains}, rows
 
 
 def overhead(_: Path, args: argparse.Namespace) -> tuple[dict[str, Any], list[list[str]]]:
-    with kit.up(config("guide", None)) as server:
+    most = max(args.streams)
+    with kit.up(config("guide", None, args.threads)) as server:
         place(server)
-        found = alternate(server, "guide", GUIDE, max(args.streams), args)
+        found = alternate(server, "guide", GUIDE, [most], args)[most]
     more = found["http_us_per_token"] - found["raw_us_per_token"]
-    sides = (f"{found[f'{side}_us_per_token']:.0f}" for side in ("http", "raw"))
-    rows = [["CPU us/token, guide: all, raw, difference", *sides, f"{more:.0f}"]]
-    for role in ROLES:
-        share = kit.median([r[f"{role}_us_per_token"] for r in found["http"]])
-        rows.append([f"  of it {role}", f"{share:.1f}", "", ""])
-    return found, rows
+    row = [
+        "CPU us/token, guide; last: ours minus raw",
+        *(f"{found[f'{s}_us_per_token']:.0f}" for s in ("http", "raw")),
+        f"{more:.0f}",
+    ]
+    return found, [row]
 
 
 def first_token_s(server: kit.Up, body: dict[str, Any]) -> float:
@@ -156,7 +175,7 @@ def prefix(model: Path, args: argparse.Namespace) -> tuple[dict[str, Any], list[
     dice = random.Random(7)
     words = ["tide", "moon", "harbour", "keel", "rope", "sand", "pier", "lamp", "gull", "wave", "drift", "anchor"]
     cold, warm = [], []
-    with kit.up(config("bench", model)) as server:
+    with kit.up(config("bench", model, args.threads)) as server:
         place(server)
         a_word = (prompt_tokens(server, "bench", " ".join(words * 10)) - prompt_tokens(server, "bench", "tide")) / 119
         for _ in range(max(3, args.repeat)):
@@ -190,6 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="an OpenVINO directory")
     parser.add_argument("--streams", type=lambda s: [int(n) for n in s.split(",")], default=[16, 32])
+    parser.add_argument("--threads", type=int, choices=(1, 2), default=1, help="of the engine, on both sides")
     parser.add_argument("--tokens", type=int, default=256, help="of each answer")
     parser.add_argument("--duration", type=float, default=20.0, help="seconds measured in each run")
     parser.add_argument("--warmup", type=float, default=5.0)
