@@ -22,7 +22,7 @@ from neaptide.types import Scale, Slo
 DEFAULT_TEXT = """\
 # neaptide.yaml: what `neaptide up` serves. docs/configuration.md lists every key.
 listen: 127.0.0.1:8000
-admin: {listen: 127.0.0.1:8001}
+# admin: {listen: 127.0.0.1:8001}   # the default; a free port with `up --port`
 models:
   guide: {}   # the built-in model
 """
