@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neaptide.engine.answer import QUIET_TOKENS, Answer
-from neaptide.engine.prompt import DEFAULT_MAX_TOKENS, Model, Prepared, load_model, prepare
+from neaptide.engine.prompt import Model, Prepared, load_model
+from neaptide.engine.prompt import prepare as prepare_with
 from neaptide.engine.protocol import Capacity, Description, Sampling
 from neaptide.engine.requests import LOOKAHEAD, SPARE, Admission, Job, Tally, Work
 from neaptide.engine.text import Text
@@ -18,6 +19,10 @@ from neaptide.errors import RequestError
 from neaptide.link import EndHeader, OpenHeader
 from neaptide.wire.chunks import Label
 from neaptide.wire.parse import Generation, Prompt
+
+
+def prepare(model: Model, description: Description, asked: Generation) -> Prepared:
+    return prepare_with(model, description, asked, 777)
 
 
 def describe(max_running: int = 4, kv_tokens: int = 1024, context: int = 512, block: int = 16) -> Description:
@@ -172,7 +177,7 @@ def test_the_answer_is_limited_by_client_context_and_memory() -> None:
         prepare(ECHO, describe(context=512), generation(max_tokens=9999)).sampling.max_tokens: 502,
         prepare(ECHO, describe(context=512), generation()).sampling.max_tokens: 502,
         prepare(ECHO, describe(context=512, kv_tokens=100), generation()).sampling.max_tokens: 86,
-        prepare(ECHO, describe(context=9999, kv_tokens=9999), generation()).sampling.max_tokens: DEFAULT_MAX_TOKENS,
+        prepare(ECHO, describe(context=9999, kv_tokens=9999), generation()).sampling.max_tokens: 777,
     }
     assert list(limits) == list(limits.values())
 
