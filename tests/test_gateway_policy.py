@@ -15,7 +15,7 @@ from neaptide.gateway.admit import ANYBODY, Keys
 from neaptide.gateway.metrics import Histogram, Metrics
 from neaptide.gateway.queue import Line, too_long
 from neaptide.gateway.record import Timing
-from neaptide.gateway.repeat import learn
+from neaptide.gateway.repeat import learn, whole_chunks
 from neaptide.gateway.route import Target, choose
 from neaptide.gateway.sse import HideUsage, finish, usage
 from neaptide.link import LoadReport
@@ -363,3 +363,36 @@ def test_the_usage_chunk_is_hidden_wherever_reads_split_it(mark: bytes, cuts: li
     hide = HideUsage()
     out = b"".join(hide.feed(stream[a:b]) for a, b in itertools.pairwise(edges)) + hide.rest()
     assert out == mark.join([shown[0], kept, shown[1], b""])
+
+
+@pytest.mark.parametrize("data", [b"5\r\nhello\r\n", b"5\r\nhello\r\nA\r\n0123456789\r\n", b"4\r\n\r\n\r\n\r\n"])
+def test_whole_chunks_are_known(data: bytes):
+    assert whole_chunks(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"0\r\n\r\n",
+        b"5\r\nhello\r\n0\r\n\r\n",
+        b"5\r\nhello\r\n3",
+        b"5\r\nhello\r\n3\r\n",
+        b"5\r\nhell\r\n",
+        b"5\r\nhello!\r\n",
+        b"5\r\nhello\n\r",
+        b"5\nhello\n",
+        b"05\r\nhello\r\n",
+        b"+5\r\nhello\r\n",
+        b" 5\r\nhello\r\n",
+        b"-5\r\nhello\r\n",
+        b"0x5\r\nhello\r\n",
+        b"5;a=b\r\nhello\r\n",
+        b"5 \r\nhello\r\n",
+        b"5\r",
+        b"\r\nhello\r\n",
+        b"1000\r\n" + bytes(4096) + b"\r\n",
+    ],
+)
+def test_whatever_is_not_plainly_whole_chunks_goes_to_the_parser(data: bytes):
+    assert not whole_chunks(data)

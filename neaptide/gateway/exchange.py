@@ -39,6 +39,7 @@ WHOLE_ANSWER = 64 << 10  # a longer answer that does not stream is passed on as 
 RETRY_STATUS = frozenset((502, 503))
 PASSED_HEADERS = frozenset((b"warning", b"cache-control", b"retry-after"))
 TOKEN_END = b"null}]}\n\n"  # how an event ends that carries neither a finish reason nor usage
+TOKEN_CHUNK_END = TOKEN_END + b"\r\n"
 READS_KEPT = 6  # last reads of a stream in which usage and finish reason are looked for
 _DONE = (answer.DONE, b"data: [DONE]\r\n\r\n", b"data:[DONE]\n\n")
 
@@ -166,6 +167,15 @@ class Exchange:
             self._declared = headers.get(b"content-length")
         if not PASSED_HEADERS.isdisjoint(headers):
             self._passed = b"".join(b"%b: %b\r\n" % (k, v) for k, v in headers.items() if k in PASSED_HEADERS)
+        return True
+
+    def on_chunks(self, data: bytes, now: float) -> bool:
+        if not self._plain or not data.endswith(TOKEN_CHUNK_END):
+            return False
+        if self._hide is not None and (b'"usage"' in data or data.count(b"\r\n") > 2):
+            return False  # of several chunks, a border could stand in the middle of what is to be hidden
+        self._timing.mark(now, data.count(b"data:"))
+        self.connection.write(data)
         return True
 
     def on_body(self, data: bytes, now: float) -> None:

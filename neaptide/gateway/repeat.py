@@ -12,6 +12,8 @@ import re
 
 HEAD_AT_MOST = 4096  # longer heads are not kept
 MISSES_AT_MOST = 8  # in a row: a peer whose heads differ each time is not learnt for ever
+CHUNK_BYTES = 0xFFF  # chunks whose size has three hex digits at most are recognised; longer ones go to the parser
+_SIZES = {digits % n: n for n in range(1, CHUNK_BYTES + 1) for digits in (b"%x", b"%X")}
 _LENGTH = re.compile(rb"\r\ncontent-length:[ ]?(\d{1,9})\r\n", re.IGNORECASE)
 
 
@@ -43,3 +45,18 @@ def learn(data: bytes) -> Repeat | None:
     if found is None or len(data) - end - 4 != int(found[1]):
         return None
     return Repeat(data[: found.start(1)], data[found.end(1) : end + 4])
+
+
+def whole_chunks(data: bytes) -> bool:
+    """Is `data`, from a chunk's boundary on, exactly one or more whole chunks, none of them the last? Only plain size
+    lines count (no extension, no leading zero), so what passes could not mean anything else to any parser."""
+    at, size = 0, len(data)
+    while at < size:
+        end = data.find(b"\r\n", at, at + 5)
+        length = _SIZES.get(data[at:end]) if end > 0 else None
+        if length is None:
+            return False
+        at = end + length + 4
+        if data[at - 2 : at] != b"\r\n":
+            return False
+    return size > 0

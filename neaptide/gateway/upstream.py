@@ -63,6 +63,9 @@ class Sink(Protocol):
     def on_body(self, data: bytes, now: float) -> None:
         """Body bytes of one read, the answer not yet complete."""
 
+    def on_chunks(self, data: bytes, now: float) -> bool:
+        """Body bytes that are whole HTTP chunks, framing included. False: not taken, bring the bare bytes."""
+
     def on_end(self, data: bytes, now: float) -> None:
         """The answer is complete; `data` are its last bytes, perhaps none."""
 

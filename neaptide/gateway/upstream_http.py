@@ -17,7 +17,7 @@ import httptools
 
 from neaptide import __version__
 from neaptide.clock import mono_s
-from neaptide.gateway.repeat import MISSES_AT_MOST, Repeat, learn
+from neaptide.gateway.repeat import MISSES_AT_MOST, Repeat, learn, whole_chunks
 from neaptide.gateway.upstream import Failure, Order, Sink
 from neaptide.table import ReplicaRow
 
@@ -120,7 +120,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_begun",
-        "_chunked",
+        "_between",
         "_complete",
         "_head_seen",
         "_headers",
@@ -151,6 +151,7 @@ class Connection(asyncio.Protocol):
         self.uses = 0
         self.idle_since_s = 0.0
         self._paused = False
+        self._between = False  # the parser stands between two chunks
         self._misses = 0
         self._known: tuple[Repeat, int, dict[bytes, bytes]] | None = None  # the last head that came whole
         self._reset()
@@ -181,7 +182,7 @@ class Connection(asyncio.Protocol):
         sink.handle = self
         self.uses += 1
         self._head_seen = 0
-        self._headers_done = False
+        self._headers_done = self._between = False
         head, body = self._pool.request_bytes(order)
         if len(body) <= WHOLE_WRITE:
             transport.write(head + body)
@@ -235,6 +236,8 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         sink = self.sink
+        if self._between and sink is not None and whole_chunks(data) and sink.on_chunks(data, mono_s()):
+            return  # the parser need not see whole chunks: 1 of 16 us a paced token
         if sink is None:  # unasked
             if self._transport is not None:
                 self._transport.abort()
@@ -246,6 +249,8 @@ class Connection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as e:
             self._bad(sink, f"sent invalid HTTP ({e})")
             return
+        if self._between:
+            self._between = data.endswith(b"\r\n")  # else a part of the next size line has been read
         parts = self._parts
         if self._complete or self._unwanted or not self._headers_done:
             self._after_read(data, sink)
@@ -336,6 +341,12 @@ class Connection(asyncio.Protocol):
     def on_body(self, data: bytes) -> None:
         if not self._complete:
             self._parts.append(data)
+
+    def on_chunk_header(self) -> None:
+        self._between = False
+
+    def on_chunk_complete(self) -> None:
+        self._between = True
 
     def on_message_complete(self) -> None:
         if self._headers_done:
