@@ -391,7 +391,8 @@ PIECES = st.sampled_from(
     [
         b"GET ", b"POST ", b"/v1/chat/completions", b"/health", b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", b"Host: x\r\n",
         b"\r\n", b"\r\n\r\n", b"\n", b"\r", b": ", b"Content-Length: ", b"5", b"0", b"-1",
-        b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip", b"Expect: 100-continue\r\n", b"Connection: upgrade\r\nUpgrade: x\r\n",
+        b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip",
+        b"Expect: 100-continue\r\n", b"Connection: upgrade\r\nUpgrade: x\r\n",
         b"Connection: close\r\n", b"Content-Encoding: gzip\r\n", b"5\r\nhello\r\n", b"0\r\n\r\n", b'{"model":"m"}',
         b"\x00", b"\xff", b" ", b"\t", AUTH, GET, post(b"{}"), post(chat(model="x")), POST,
     ]
