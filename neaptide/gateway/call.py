@@ -58,8 +58,9 @@ class Call:
         """Give it its ids: ours, the client's if it is fit to be echoed, and the trace."""
         self.wall_s = wall_s
         self.id = made.next(wall_s)
-        self.client_id = ids.client_id(self.headers.get(b"x-request-id"))
-        self.traceparent = ids.hop(self.headers.get(b"traceparent"))
+        headers = self.headers
+        self.client_id = ids.client_id(headers[b"x-request-id"]) if b"x-request-id" in headers else b""
+        self.traceparent = ids.hop(headers.get(b"traceparent"))
 
     def id_lines(self) -> bytes:
         """The header lines by which an answer can be found again. A valid traceparent comes back as it came."""

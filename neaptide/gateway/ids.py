@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import random
 import re
+from binascii import hexlify
 
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]  # 10 bits a pair
 _random = random.SystemRandom()
+_NOT_ZERO = 1 << 64 | 1  # a trace of zeros and a span of zeros are invalid
 _bits = random.Random(_random.getrandbits(128)).getrandbits  # ids need uniqueness, not secrecy
 _TRACEPARENT = re.compile(rb"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})")
 _CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -52,4 +54,5 @@ def hop(value: bytes | None) -> bytes:
     unsampled trace."""
     if value is not None and (found := _TRACEPARENT.fullmatch(value)):
         return b"00-%b-%016x-%b" % (found[1], _bits(64) or 1, found[2])
-    return b"00-%032x-%016x-00" % (_bits(128) or 1, _bits(64) or 1)
+    fresh = hexlify((_bits(192) | _NOT_ZERO).to_bytes(24, "big"))
+    return b"00-%b-%b-00" % (fresh[:32], fresh[32:])

@@ -20,21 +20,22 @@ _LENGTH = re.compile(rb"\r\ncontent-length:[ ]?(\d{1,9})\r\n", re.IGNORECASE)
 class Repeat:
     """One accepted head: what stands before and after the digits of its length."""
 
-    __slots__ = ("_prefix", "_suffix")
+    __slots__ = ("_prefix", "_start", "_suffix", "_suffix_bytes")
 
     def __init__(self, prefix: bytes, suffix: bytes) -> None:
         self._prefix, self._suffix = prefix, suffix
+        self._start, self._suffix_bytes = len(prefix), len(suffix)
 
     def body(self, data: bytes) -> bytes | None:
         """The body, when `data` is the same head and one whole body; else None."""
         if not data.startswith(self._prefix):
             return None
-        start = len(self._prefix)
+        start = self._start
         end = data.find(b"\r", start, start + 10)
         digits = data[start:end]
         if end < 0 or not digits.isdigit() or not data.startswith(self._suffix, end):
             return None
-        start = end + len(self._suffix)
+        start = end + self._suffix_bytes
         return data[start:] if len(data) - start == int(digits) else None
 
 

@@ -60,6 +60,9 @@ def usage(tail: bytes) -> Counts | None:
                 u = _decode_usage(found[1])
             except msgspec.DecodeError:
                 return None
+            prompt, output = u.prompt_tokens or 0, u.completion_tokens or 0
+            if not u.prompt_tokens_details and not u.completion_tokens_details and prompt >= 0 <= output:
+                return Counts(prompt, 0, 0, output)  # the common one
             return Counts(
                 prompt=max(0, u.prompt_tokens or 0),
                 cached=max(0, (u.prompt_tokens_details and u.prompt_tokens_details.cached_tokens) or 0),

@@ -76,9 +76,8 @@ class HttpPool:
             for connection in stale:
                 connection.drop()
 
-    def request_bytes(self, order: Order) -> tuple[bytes, bytes]:
-        """(head, body) of `order` for this replica."""
-        head = b"%b%baccept: %b\r\nx-request-id: %b\r\ntraceparent: %b\r\ncontent-length: %d\r\n\r\n" % (
+    def request_head(self, order: Order) -> bytes:
+        return b"%b%baccept: %b\r\nx-request-id: %b\r\ntraceparent: %b\r\ncontent-length: %d\r\n\r\n" % (
             self._heads[order.route],
             b"tracestate: %b\r\n" % order.tracestate if order.tracestate else b"",
             b"text/event-stream" if order.stream else b"application/json",
@@ -86,13 +85,12 @@ class HttpPool:
             order.traceparent,
             len(order.body),
         )
-        return head, order.body
 
-    def put_back(self, connection: Connection) -> None:
+    def put_back(self, connection: Connection, now: float) -> None:
         if self._closed or len(self._idle) >= IDLE_AT_MOST:
             connection.drop()
         else:
-            connection.idle_since_s = mono_s()
+            connection.idle_since_s = now
             self._idle.append(connection)
 
     def forget(self, connection: Connection) -> None:
@@ -169,7 +167,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's own class does not inherit it
         order, sink = self.order, self.sink
         if order is None or sink is None:  # aborted while it connected
-            self._pool.put_back(self)
+            self._pool.put_back(self, mono_s())
             return
         self.start(order, sink)
 
@@ -183,7 +181,7 @@ class Connection(asyncio.Protocol):
         self.uses += 1
         self._head_seen = 0
         self._headers_done = self._between = False
-        head, body = self._pool.request_bytes(order)
+        head, body = self._pool.request_head(order), order.body
         if len(body) <= WHOLE_WRITE:
             transport.write(head + body)
         else:
@@ -298,11 +296,12 @@ class Connection(asyncio.Protocol):
         self.sink = self.order = None
         if self._paused:
             self.resume_reading()
+        now = mono_s()
         if self._reusable:
-            self._pool.put_back(self)
+            self._pool.put_back(self, now)
         else:
             self.drop()
-        sink.on_end(last, mono_s())
+        sink.on_end(last, now)
 
     def _bad(self, sink: Sink, message: str) -> None:
         self._quit()

@@ -53,7 +53,7 @@ def encode(record: Begin | Usage) -> bytes:
     kind = b"E " if type(record) is Usage else b"B "
     try:
         body = kind + _json.encode(record)
-        plain = len(body) < MAX_RECORD - HEAD_BYTES and b":null" not in body  # null: how msgspec writes NaN
+        plain = len(body) < MAX_RECORD - HEAD_BYTES and _seconds(record) * 0.0 == 0.0
     except (OverflowError, UnicodeEncodeError):
         plain = False
     if not plain:
@@ -95,6 +95,16 @@ def bounded(record: Begin | Usage) -> Begin | Usage:
             Attempt(_cut(a.replica, FIELD_BYTES["replica"]), max(0, min(INT_LIMIT, a.tokens))) for a in last
         )
     return msgspec.structs.replace(record, **changes)
+
+
+def _seconds(record: Begin | Usage) -> float:
+    """The sum of its floats: finite only if all are. msgspec would write the others as null; looking for that in the
+    text costs 0.25 us, this 0.1."""
+    seconds = record.started_wall_s + record.arrived_mono_s
+    if type(record) is Usage:
+        seconds += record.queued_s + record.ttft_s + record.tpot_s + record.itl_max_s + record.engine_s
+        seconds += record.kv_token_s + record.duration_s
+    return seconds
 
 
 def _cut(text: str, limit: int) -> str:

@@ -90,7 +90,7 @@ class Journal:
         """None, or why no new request may be let in: names the disk and what is free there. Ask before begin()."""
         if self._write_error or self._sync_error:
             return self._write_error or self._sync_error
-        if self._room >= self._need(1):
+        if self._room >= (len(self._open) + 2) * MAX_RECORD:  # _need(1), twice a request
             return None
         while self._room < self._need(1) and not self._full:
             self._top_up_now()
@@ -184,6 +184,8 @@ class Journal:
     def _fitting(self) -> tuple[int, int]:
         """How many of the waiting lines the current segment takes, and their bytes."""
         left, count, size = self._segment_bytes - self._at, 0, 0
+        if (whole := sum(map(len, self._lines))) <= left:
+            return len(self._lines), whole
         for line in self._lines:
             if size + len(line) > left:
                 break
