@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 ECHO = "models:\n  echo: {engine: echo}\n"
@@ -88,3 +89,7 @@ def descendants(pid: int) -> list[int]:
 
 
 os.environ.setdefault("NO_COLOR", "1")
+
+# Machines that run tests are shared: how long an example takes says nothing about it.
+settings.register_profile("neaptide", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("neaptide")
