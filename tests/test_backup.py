@@ -151,7 +151,8 @@ def _flipped(data: bytes, part: float) -> bytes:
 def test_a_damaged_archive_is_refused_and_restores_nothing(state: Path, tmp_path: Path, part: float) -> None:
     archive = tmp_path / "b.tar.gz"
     backup.create(state, archive)
-    archive.write_bytes(_flipped(archive.read_bytes(), part))
+    data = archive.read_bytes()
+    archive.write_bytes(_flipped(data, part))
     with pytest.raises(StorageError, match="not a good backup"):
         backup.verify(archive)
     with pytest.raises(StorageError):
