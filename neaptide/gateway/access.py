@@ -30,11 +30,12 @@ class Line(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     duration_s: float = 0.0
 
 
-class UsageLine(msgspec.Struct, frozen=True):
-    """One request that got to a model: its row, the one the journal has, so that nothing is built twice."""
+class UsageLine(msgspec.Struct, frozen=True, gc=False):
+    """One request that got to a model: its row, as the journal encoded it where it did, so that nothing is built or
+    encoded twice."""
 
     peer: str
-    usage: Usage
+    usage: Usage | msgspec.Raw
 
 
 class AccessLog:

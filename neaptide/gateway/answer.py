@@ -39,6 +39,8 @@ class DateLine:
 def head(status: int, content_type: bytes, length: int | None, lines: bytes, close: bool) -> bytes:
     """Status line to blank line. `length` None: chunked (or, with `close` on HTTP/1.0, until the connection ends:
     the caller then passes -1). `lines` are whole header lines."""
+    if status == 200 and length is not None and length >= 0 and not close:  # the common one, in one step
+        return b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: %d\r\n%b\r\n" % (content_type, length, lines)
     if length is None:
         framing = b"transfer-encoding: chunked\r\n"
     elif length < 0:

@@ -64,14 +64,12 @@ class Call:
 
     def id_lines(self) -> bytes:
         """The header lines by which an answer can be found again. A valid traceparent comes back as it came."""
-        own = self.id.encode()
+        own, trace = self.id.encode(), self.traceparent
         sent = self.headers.get(b"traceparent")
-        known = sent is not None and sent[3:35] == self.traceparent[3:35]
-        return b"x-request-id: %b\r\nx-neaptide-request-id: %b\r\ntraceparent: %b\r\n" % (
-            self.client_id or own,
-            own,
-            sent if known and sent is not None else self.traceparent,
-        )
+        if sent is not None and sent[3:35] == trace[3:35]:
+            trace = sent
+        client = self.client_id or own
+        return b"x-request-id: %b\r\nx-neaptide-request-id: %b\r\ntraceparent: %b\r\n" % (client, own, trace)
 
     def again(self, body: bytes, arrived_s: float) -> Call:
         """The next call with the same head but for the length of its body."""

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+from msgspec import Raw
+
 from neaptide.clock import mono_s
 from neaptide.errors import RequestError, StorageError
 from neaptide.gateway import admit, ids, queue, route
@@ -28,7 +30,7 @@ class Journal(Protocol):
     """What the door asks of the journal."""
 
     def begin(self, begin: Begin) -> None: ...
-    def end(self, usage: Usage, then: Callable[[], None] | None) -> None: ...
+    def end(self, usage: Usage, then: Callable[[], None] | None) -> bytes | None: ...
     def refusal(self) -> str | None: ...
 
 
@@ -164,9 +166,9 @@ class Door:
             lane.running -= 1
         lane.tokens += exchange.tokens
         lane.metrics.count(usage)
+        row = self.journal.end(usage, exchange.say_last)
         if self.access is not None:
-            self.access.add(UsageLine(exchange.connection.peer, usage))
-        self.journal.end(usage, exchange.say_last)
+            self.access.add(UsageLine(exchange.connection.peer, usage if row is None else Raw(row)))
         if lane.line.waiting:
             self.pump(lane, now)
 

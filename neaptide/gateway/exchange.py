@@ -23,7 +23,7 @@ from neaptide.gateway.queue import Ticket
 from neaptide.gateway.record import Timing
 from neaptide.gateway.route import Target
 from neaptide.gateway.sse import Counts, HideUsage
-from neaptide.gateway.upstream import Failure, Handle
+from neaptide.gateway.upstream import Failure, Handle, replica_error
 from neaptide.link import STALL_S, EndHeader
 from neaptide.table import KeyRow
 from neaptide.types import Attempt, Outcome, Priority, Usage
@@ -288,11 +288,11 @@ class Exchange:
         failed = end.status >= 400 or end.finish in ("error", "abort")
         if self.state == OPEN:
             if failed:
-                self.fail(_replica_error(end), now)
+                self.fail(replica_error(end), now)
             else:
                 self._settle(self._framed(data, last=True), now)
         elif failed and end.status < 400:
-            self.fail(_replica_error(end), now)
+            self.fail(replica_error(end), now)
         elif self.asked.stream and not failed:
             self._content_type = answer.EVENTS
             self._settle(self._head(None) + self._framed(data, last=True), now)
@@ -409,7 +409,9 @@ class Exchange:
         call = self.call
         if length is None and not call.http11:
             length, call.close = -1, True
-        lines = self._passed + self.connection.lines(call)
+        lines = self.connection.lines(call)
+        if self._passed:
+            lines = self._passed + lines
         return answer.head(self._status, self._content_type, length, lines, self.connection.closes(call))
 
     def _open(self, length: int | None) -> None:
@@ -497,9 +499,3 @@ class Exchange:
             attempts=(*map(Attempt, earlier), Attempt(last, counts.output)) if last else (),
         )
         return replace(row, engine_s=end.engine_s, kv_token_s=end.kv_token_s) if end else row
-
-
-def _replica_error(end: EndHeader) -> RequestError:
-    return RequestError(
-        502, f"The replica failed while answering ({end.error or end.finish}).", slug=end.error[:64] or "replica_error"
-    )

@@ -81,8 +81,10 @@ def choose(targets: Sequence[Target], now: float, turn: int = 0, avoid: Collecti
     `avoid` (already tried for this request) only where no other can take it. None: the request must wait."""
     best: Target | None = None
     least = 1 << 60
-    start = turn % len(targets) if targets else 0
-    for target in (*targets[start:], *targets[:start]) if start else targets:
+    count = len(targets)
+    start = turn % count if count else 0
+    for at in range(start - count, start):  # negative places count from the end: all of them, from `start` on
+        target = targets[at]
         if target.in_flight < least and target.can_take(now) and (not avoid or target.row.id not in avoid):
             best, least = target, target.in_flight
             if least == 0:

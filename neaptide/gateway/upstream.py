@@ -13,6 +13,7 @@ from typing import Protocol
 
 import msgspec
 
+from neaptide.errors import RequestError
 from neaptide.link import EndHeader
 from neaptide.table import Timeouts
 
@@ -40,6 +41,13 @@ class Failure(msgspec.Struct, frozen=True, gc=False):
     message: str
     retryable: bool = False
     unreachable: bool = False
+
+
+def replica_error(end: EndHeader) -> RequestError:
+    """What a client is told of a link's END that says failure."""
+    return RequestError(
+        502, f"The replica failed while answering ({end.error or end.finish}).", slug=end.error[:64] or "replica_error"
+    )
 
 
 class Handle(Protocol):

@@ -26,7 +26,7 @@ from neaptide.errors import StorageError
 from neaptide.journal import disk
 from neaptide.journal.disk import Spare
 from neaptide.journal.reader import segment_path, segments
-from neaptide.journal.record import MAX_RECORD, encode
+from neaptide.journal.record import HEAD_BYTES, MAX_RECORD, encode
 from neaptide.types import Begin, Usage
 
 SYNC_S = 0.2  # the power-loss window
@@ -108,8 +108,9 @@ class Journal:
         self._open.add(record.request_id)
         self._append(encode(record))
 
-    def end(self, record: Usage, then: Callable[[], None] | None = None) -> None:
+    def end(self, record: Usage, then: Callable[[], None] | None = None) -> bytes | None:
         """The request is over. `then` runs once its record is written (same turn's end): send the last bytes there.
+        Returns the row's JSON, so that nobody encodes it twice; None where it leaves no row.
 
         A request that was never begun (refused) has no room kept for it: on a full disk it leaves no row, is counted
         in `unrecorded`, and its `then` runs all the same.
@@ -119,11 +120,13 @@ class Journal:
         begun = record.request_id in self._open
         self._open.discard(record.request_id)
         if begun or self.refusal() is None:
-            self._append(encode(record), then)
-            return
+            line = encode(record)
+            self._append(line, then)
+            return line[HEAD_BYTES:-1]
         self.unrecorded += 1
         if then is not None:
             self._append(b"", then)
+        return None
 
     async def close(self) -> None:
         """Writes and syncs what is left, gives unused space back. StorageError names how many records found no disk;

@@ -8,7 +8,7 @@ them. Of duplicate keys both take the last one, so that what was judged is what 
 from __future__ import annotations
 
 import re
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import msgspec
 
@@ -20,7 +20,7 @@ MOST_TOKENS = 2**31 - 1
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=MOST_TOKENS)]
 
 
-class Peek(NamedTuple):
+class Peek(msgspec.Struct, frozen=True, gc=False):
     """What the gateway knows of a body. `include_usage` is None where the client said nothing about it."""
 
     model: str
