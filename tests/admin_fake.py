@@ -80,7 +80,7 @@ class FakeControl:
             disks=(DiskStatus(path=str(self.state), free_bytes=10 << 30, total_bytes=100 << 30),),
         )  # fmt: skip
 
-    async def apply(self, text: str, dry_run: bool) -> ApplyReport:
+    async def apply(self, text: str, dry_run: bool, origin: str) -> ApplyReport:
         self.asked.append(("apply", text, dry_run))
         new = set(parse(text, "neaptide.yaml").models)
         old = set(parse(self.text, "neaptide.yaml").models)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
+from neaptide.models.sources import GUIDE
 from tests.conftest import Service, alive, descendants, neaptide
 from tests.traffic import admin, chat, rows_when, stream, usage_rows, wait_for
 
@@ -250,3 +251,20 @@ def _refused(service: Service):
         if answer.status != 200:
             return answer
     return None
+
+
+def test_relative_sources_of_an_applied_file_are_looked_for_beside_it(tmp_path, serve: Serve) -> None:
+    service = serve(QUICK)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").symlink_to(GUIDE)
+    config = tmp_path / "elsewhere" / "neaptide.yaml"
+    config.write_text("models:\n  echo: {engine: echo}\n  mine: {source: ./mine}\n")
+    service.run("apply", "-f", str(config))
+    answer = wait_for(lambda: _answered(service, "mine"), "the new model answers", 60.0)
+    assert answer.tokens == 2
+    assert admin(service, "api/v1/config")["path"] == str(config)
+
+
+def _answered(service: Service, model: str):
+    answer = chat(service, "x", model=model, max_tokens=2).join()
+    return answer if answer.status == 200 else None

@@ -24,7 +24,13 @@ def apply(session: Session, file: Path, dry_run: bool) -> None:
     except OSError as e:
         raise ConfigError(f"{file} cannot be read: {e.strerror}", code="E101", fix="pass -f FILE") from e
     api = client.admin(session.state, timeout_s=120.0)
-    report = api.call("POST", "apply", ApplyReport, body=text, query={"dry_run": 1 if dry_run else None})
+    report = api.call(
+        "POST",
+        "apply",
+        ApplyReport,
+        body=text,
+        query={"dry_run": 1 if dry_run else None, "origin": str(file.absolute())},
+    )
     if session.as_json:
         session.encoded(report)
     else:

@@ -78,6 +78,11 @@ class NoQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 class ApplyQuery(NoQuery, frozen=True, kw_only=True):
     dry_run: bool = False  # only tell the difference
+    origin: str = ""  # absolute path of the file: relative sources are looked for beside it; "" = beside the last one
+
+
+async def _apply(a: Ask) -> ApplyReport:
+    return await a.port.apply(a.body, a.query.dry_run, a.query.origin)
 
 
 class UsageQuery(UsageFilter, frozen=True, kw_only=True):
@@ -119,7 +124,7 @@ class Operation(NamedTuple):
 
 OPERATIONS = (
     Operation("getStatus", "GET", "/status", Status, lambda a: a.port.status()),
-    Operation("apply", "POST", "/apply", ApplyReport, lambda a: a.port.apply(a.body, a.query.dry_run), ApplyQuery, str),
+    Operation("apply", "POST", "/apply", ApplyReport, _apply, ApplyQuery, str),
     Operation("getConfig", "GET", "/config", ConfigView, lambda a: a.port.config()),
     Operation("listModels", "GET", "/models", Models, lambda a: a.port.models()),
     Operation("listKeys", "GET", "/keys", Keys, lambda a: a.port.keys()),

@@ -45,7 +45,7 @@ from neaptide.control.port import (
     UsageTotals,
 )
 from neaptide.control.publish import Gateway, Publisher
-from neaptide.errors import NeaptideError
+from neaptide.errors import ConfigError, NeaptideError
 from neaptide.fleet.local import LocalDriver
 from neaptide.fleet.process import ChildStatus
 from neaptide.fleet.rpc import Client
@@ -274,16 +274,21 @@ class Control:
         await self._list_processes()
         return await answers.status(self)
 
-    async def apply(self, text: str, dry_run: bool) -> ApplyReport:
-        new = parse(text, str(self.origin), self.origin.parent)
+    async def apply(self, text: str, dry_run: bool, origin: str) -> ApplyReport:
+        place = Path(origin) if origin else self.origin
+        if not place.is_absolute():
+            raise ConfigError(
+                f"origin {origin!r} is not an absolute path", code="E605", fix="send the file's full path"
+            )
+        new = parse(text, str(place), place.parent)
         ids: dict[str, list[str]] = {}
         for r in self.replicas:
             ids.setdefault(r.deployment, []).append(r.id)
         report = difference(self.settings, new, ids, dry_run)
         if not dry_run:
             await self._configure(new)
-            self.text = text
-            kept = {"origin": str(self.origin), "text": text}
+            self.text, self.origin = text, place
+            kept = {"origin": str(place), "text": text}
             write_private(self.state.config_json, msgspec.json.encode(kept).decode())
             self._publish()
             self._nudge()

@@ -288,8 +288,9 @@ class Done(Answer, frozen=True):
 class ControlPort(Protocol):
     async def status(self) -> Status: ...
 
-    async def apply(self, text: str, dry_run: bool) -> ApplyReport:
-        """ConfigError (400) when the text does not parse; nothing has changed then."""
+    async def apply(self, text: str, dry_run: bool, origin: str) -> ApplyReport:
+        """`origin`: the file's absolute path, "" for that of the configuration in force; relative sources start beside
+        it. ConfigError (400) when the text does not parse; nothing has changed then."""
 
     async def config(self) -> ConfigView: ...
 
