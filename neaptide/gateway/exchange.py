@@ -23,7 +23,7 @@ from neaptide.gateway.queue import Ticket
 from neaptide.gateway.record import Timing
 from neaptide.gateway.route import Target
 from neaptide.gateway.sse import Counts, HideUsage
-from neaptide.gateway.upstream import Failure, Handle, replica_error
+from neaptide.gateway.upstream import PASSED_HEADERS, Failure, Handle, replica_error
 from neaptide.link import STALL_S, EndHeader
 from neaptide.table import KeyRow
 from neaptide.types import Attempt, Outcome, Priority, Usage
@@ -39,7 +39,6 @@ ATTEMPTS_AT_MOST = 3
 LEAVING_S = 5.0  # how long a link's replica has to tell what an aborted request cost
 WHOLE_ANSWER = 64 << 10  # a longer answer that does not stream is passed on as it comes
 RETRY_STATUS = frozenset((502, 503))
-PASSED_HEADERS = frozenset((b"warning", b"cache-control", b"retry-after"))
 TOKEN_END = b"null}]}\n\n"  # how an event ends that carries neither a finish reason nor usage
 TOKEN_CHUNK_END = TOKEN_END + b"\r\n"
 READS_KEPT = 6  # last reads of a stream in which usage and finish reason are looked for

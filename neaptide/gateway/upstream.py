@@ -17,6 +17,9 @@ from neaptide.errors import RequestError
 from neaptide.link import EndHeader
 from neaptide.table import Timeouts
 
+PASSED_HEADERS = frozenset((b"warning", b"cache-control", b"retry-after"))  # go to the client
+HEADERS_READ = PASSED_HEADERS | {b"content-type", b"content-length"}  # all that a sink asks a head for
+
 
 class Order(msgspec.Struct, gc=False):
     """One request as a replica is to get it."""

@@ -18,7 +18,7 @@ import httptools
 from neaptide import __version__
 from neaptide.clock import mono_s
 from neaptide.gateway.repeat import MISSES_AT_MOST, Repeat, learn, whole_chunks
-from neaptide.gateway.upstream import Failure, Order, Sink
+from neaptide.gateway.upstream import HEADERS_READ, Failure, Order, Sink
 from neaptide.table import ReplicaRow
 
 log = logging.getLogger("neaptide.gateway")
@@ -290,7 +290,8 @@ class Connection(asyncio.Protocol):
         self._misses += 1
         if self._status == 200 and b"content-length" in self._headers:
             head = learn(data)
-            self._known = (head, self._status, self._headers) if head is not None else None
+            headers = {k: v for k, v in self._headers.items() if k in HEADERS_READ}
+            self._known = (head, self._status, headers) if head is not None else None
 
     def _finish(self, sink: Sink, last: bytes) -> None:
         self.sink = self.order = None
