@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from neaptide.errors import RequestError
 from neaptide.gateway import admit, ids
 from neaptide.gateway.admit import ANYBODY, Keys
-from neaptide.gateway.metrics import Histogram, Metrics
+from neaptide.gateway.metrics import Metrics
 from neaptide.gateway.queue import Line, too_long
 from neaptide.gateway.record import Timing
 from neaptide.gateway.repeat import learn, whole_chunks
 from neaptide.gateway.route import Target, choose
 from neaptide.gateway.sse import HideUsage, finish, usage
 from neaptide.link import LoadReport
+from neaptide.observe.histogram import Histogram
 from neaptide.table import ReplicaRow
 from tests.gateway_kit import PEPPER, key_row
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import httptools
 
@@ -87,7 +87,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, server: Server) -> None:
         self._server = server
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser: Any = httptools.HttpRequestParser(self)
         self._incoming: Call | None = None  # being read
         self._serving: Call | None = None  # being answered
         self._ahead: deque[Call] = deque()
@@ -128,6 +128,7 @@ class Connection(asyncio.Protocol):
         self._incoming = self._serving = None
         self._ahead.clear()
         self._held = b""
+        self._parser = None  # it holds us: 4 KiB a closed connection waited for the collector otherwise
 
     def abort(self) -> None:
         if self._transport is not None:

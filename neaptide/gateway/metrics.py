@@ -7,9 +7,9 @@ that dashboards and autoscalers written for it read the gateway too; what vLLM h
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
+from neaptide.observe.histogram import Histogram
 from neaptide.types import Usage
 
 SECONDS = (
@@ -54,29 +54,6 @@ TOKEN_SECONDS = (
     2.5,
 )
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
-
-
-class Histogram:
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def lines(self, name: str, labels: str) -> Iterator[str]:
-        seen = 0
-        for bound, count in zip(self.bounds, self.counts):
-            seen += count
-            yield f'{name}_bucket{{{labels},le="{bound}"}} {seen}'
-        seen += self.counts[-1]
-        yield f'{name}_bucket{{{labels},le="+Inf"}} {seen}'
-        yield f"{name}_sum{{{labels}}} {self.total}"
-        yield f"{name}_count{{{labels}}} {seen}"
 
 
 class ModelMetrics:

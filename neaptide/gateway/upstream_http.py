@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from typing import cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -143,7 +143,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, pool: HttpPool) -> None:
         self._pool = pool
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: Any = httptools.HttpResponseParser(self)
         self.order: Order | None = None
         self.sink: Sink | None = None
         self.uses = 0
@@ -211,7 +211,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         sink, order = self.sink, self.order
-        self.sink = self.order = None
+        self.sink = self.order = self._parser = None  # the parser holds us
         if sink is None or order is None:
             self._pool.forget(self)
             return
