@@ -12,7 +12,9 @@ from neaptide.cli import build
 
 
 def lines(text: str) -> Iterator[str]:
-    """Command lines that call neaptide, from code: each begins with the word itself, a path to it or a prompt."""
+    """Command lines that call neaptide, from code: each begins with the word itself, a path to it or a prompt. What
+    stands in a ```text block is output."""
+    text = re.sub(r"```text\n.*?```", "", text, flags=re.S)
     for line in text.replace("\\\n", " ").splitlines():
         code = line.strip().lstrip("$# ").strip()
         words = code.split()
