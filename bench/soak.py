@@ -1,24 +1,33 @@
 """Does memory stay flat? Resident memory of each process over many requests, sampled, with the slope of the last half.
 
-    .venv/bin/python -m bench.soak [--requests 10000] [--streams 0.5] [--conns 16]
+    .venv/bin/python -m bench.soak [--requests 10000] [--streams 0.5] [--conns 16] [--model DIR]
 
-The echo engine answers (deterministic, weightless), so the processes see requests as fast as they take them:
-non-streaming and streaming turn by turn, in rounds of --round requests. A CSV with one row a sample goes to
-bench/results/soak.csv; the slope is the least-squares line over the second half, in KiB for 1,000 requests, because
-caches and pools fill up in the first.
+The echo engine answers (deterministic, weightless), so the processes see requests as fast as they take them; with
+--model an OpenVINO directory does, with KV memory of 256 MiB, which the library fills up and keeps. Non-streaming and
+streaming turn by turn, in rounds of --round requests. A CSV with one row a sample goes to bench/results/soak.csv; the
+slope is the least-squares line over the second half, in KiB for 1,000 requests, because caches and pools fill up in the
+first.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from bench import kit
 
-CONFIG = "models:\n  echo: {engine: echo}\naccess_log: true\n"
+KV_MIB = 256
 WORDS = "What does a replica do when the tide of traffic goes out? "
+
+
+def config(model: Path | None) -> str:
+    if model is None:
+        return "models:\n  soak: {engine: echo}\n"
+    return json.dumps({"models": {"soak": {"source": str(model.resolve()), "options": {"kv_mib": KV_MIB}}}})
 
 
 def rounds(args: argparse.Namespace) -> list[kit.Load]:
@@ -27,7 +36,7 @@ def rounds(args: argparse.Namespace) -> list[kit.Load]:
     found = []
     for at in range(count):
         streaming = (at % 10) < round(args.streams * 10)
-        body = kit.chat("echo", WORDS, max_tokens=32, **({"stream": True} if streaming else {}))
+        body = kit.chat("soak", WORDS, max_tokens=args.tokens, **({"stream": True} if streaming else {}))
         mode = "sse" if streaming else "closed"
         options = {"requests": args.round}
         found.append(
@@ -58,11 +67,13 @@ def main() -> None:
     parser.add_argument("--round", type=int, default=250)
     parser.add_argument("--streams", type=float, default=0.5, help="share of rounds that stream")
     parser.add_argument("--conns", type=int, default=16)
+    parser.add_argument("--model", type=Path, help="an OpenVINO directory instead of the echo engine")
+    parser.add_argument("--tokens", type=int, default=32, help="of an answer at most")
     parser.add_argument("--limit-s", type=float, default=60.0, help="longest a round may take")
     args = parser.parse_args()
     rows: list[dict[str, float]] = []
     failed = 0
-    with kit.up(CONFIG) as server:
+    with kit.up(config(args.model)) as server:
         rows.append(sample(server, 0))
         for load in rounds(args):
             result = kit.drive(load, server.port, key=server.key)
