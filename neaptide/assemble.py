@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import resource
 import secrets
 import socket
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from neaptide import __version__
+from neaptide import __version__, lifeline
 from neaptide.clock import mono_s, wall_s
 from neaptide.config import DEFAULT_TEXT, Settings, host_port, load
 from neaptide.errors import NeaptideError, ProcessError
@@ -102,20 +101,13 @@ def up(options: UpOptions, say: Callable[[Report], None], ready: Callable[[Up], 
     write_private(state.config_json, json.dumps({"origin": str(origin), "text": text}))
     for stale in state.root.glob("table-*.json"):
         stale.unlink()  # the last boot's replicas and token; a gateway that restarts within this boot keeps its own
-    raise_open_files()
+    lifeline.raise_open_files()
     service = Service(options, settings, state, sockets, say)
     asyncio.run(service.run(began_s, began_wall_s, ready))
     state.up_json.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         (state.run / "lock").unlink()
     del lock_fd  # held open until here
-
-
-def raise_open_files() -> None:
-    """The soft limit to the hard one: every connection is a descriptor."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Service:

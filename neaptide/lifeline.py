@@ -6,7 +6,9 @@ The only reader of NEAPTIDE_LIFELINE. At EOF of that pipe the supervisor is gone
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import sys
 import threading
 from collections.abc import Callable
@@ -49,3 +51,10 @@ def _watch(fd: int, on_end: Callable[[], None] | None, last_words_s: float) -> N
         on_end()
     else:
         os._exit(70)
+
+
+def raise_open_files() -> None:
+    """The soft limit to the hard one: every connection is a descriptor."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

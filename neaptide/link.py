@@ -29,8 +29,10 @@ The gateway-control channel uses the same frames with types >= 32 and JSON paylo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -205,3 +207,13 @@ def short_path(path: Path | str) -> str:
 
 
 _DIRS: dict[str, int] = {}
+
+
+@contextlib.contextmanager
+def private_umask() -> Iterator[None]:
+    """Sockets bound inside are 0600 from their first moment."""
+    old = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(old)

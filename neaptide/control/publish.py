@@ -11,8 +11,19 @@ from pathlib import Path
 import msgspec
 
 from neaptide.clock import mono_s
-from neaptide.fleet.state import private_umask
-from neaptide.link import FETCH, GAUGES, HELLO, TABLE, VERSION, FrameReader, Hello, LinkError, frame, short_path
+from neaptide.link import (
+    FETCH,
+    GAUGES,
+    HELLO,
+    TABLE,
+    VERSION,
+    FrameReader,
+    Hello,
+    LinkError,
+    frame,
+    private_umask,
+    short_path,
+)
 from neaptide.table import Fast, Gauges, Slow, Table, difference, parts, whole
 
 

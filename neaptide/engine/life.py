@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import resource
 import signal
 import socket
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 import uvloop
 
-from neaptide import link
+from neaptide import lifeline, link
 from neaptide.clock import mono_s
 from neaptide.engine import pipe, serve_http
 from neaptide.engine.child import EngineChild, Started, attach
@@ -207,13 +206,11 @@ def _unix_socket(path: str) -> socket.socket:
     _unlink([path])
     short = link.short_path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o177)
     try:
-        sock.bind(short)
+        with link.private_umask():
+            sock.bind(short)
     except OSError as e:
         raise ProcessError(f"cannot listen on {path}: {e}", why="the directory must exist and be writable") from e
-    finally:
-        os.umask(mask)
     sock.listen(BACKLOG)
     sock.setblocking(False)
     return sock
@@ -231,9 +228,7 @@ def _tcp_socket(host: str, port: int) -> socket.socket:
 
 def live(spec: ReplicaSpec, started: Started, stages: dict[str, float], began_s: float, stall_s: float) -> int:
     """Serve until told to end; the process's exit code. NeaptideError when it cannot start."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    lifeline.raise_open_files()
     if spec.io_cpus:
         os.sched_setaffinity(0, spec.io_cpus)
 

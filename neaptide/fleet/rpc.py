@@ -19,8 +19,7 @@ from typing import Any
 import msgspec
 
 from neaptide.errors import NeaptideError, ProcessError
-from neaptide.fleet.state import private_umask
-from neaptide.link import short_path
+from neaptide.link import private_umask, short_path
 
 LINE = 4 << 20
 

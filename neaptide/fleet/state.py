@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 
 from neaptide.errors import ConfigError, ProcessError, StorageError
@@ -103,13 +102,3 @@ def write_private(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     fresh.replace(path)
-
-
-@contextlib.contextmanager
-def private_umask() -> Iterator[None]:
-    """Sockets bound inside are 0600 from their first moment."""
-    old = os.umask(0o177)
-    try:
-        yield
-    finally:
-        os.umask(old)

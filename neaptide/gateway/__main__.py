@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import resource
 import signal
 import socket
 import sys
@@ -127,9 +126,7 @@ class Gateway:
 def main() -> None:
     spec = lifeline.read_spec(GatewaySpec)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    lifeline.raise_open_files()
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)  # hot objects die by reference count; a full collection would stop every stream
