@@ -448,6 +448,40 @@ def test_forgotten_rows_leave_their_sums(ledger: Ledger) -> None:
     assert left == sum(r.amount_nanos is not None for r in ledger.usage(limit=1000).receipts)
 
 
+# -- what a driver keeps
+
+
+def test_batches_of_every_size_are_the_same_statements(ledger: Ledger) -> None:
+    take(ledger, Usage(request_id="first"))
+    said = []
+    for size in (1, 2, 30):
+        with heard(ledger) as statements:
+            open_close_and_forget(ledger, size)
+        said.append(statements)
+    assert said[0] == said[1] == said[2]
+
+
+@contextlib.contextmanager
+def heard(ledger: Ledger) -> Iterator[set[str]]:
+    """The statements of the block, as the driver gets them: it may keep each prepared."""
+    statements: set[str] = set()
+
+    def hear(*args: Any) -> None:
+        statements.add(args[2])
+
+    sa.event.listen(ledger.database.engine, "before_cursor_execute", hear)
+    yield statements
+    sa.event.remove(ledger.database.engine, "before_cursor_execute", hear)
+
+
+def open_close_and_forget(ledger: Ledger, size: int) -> None:
+    ids = [f"of{size}-{i}" for i in range(size)]
+    take(ledger, *(Begin(request_id=i) for i in ids))
+    assert take(ledger, *(Usage(request_id=i, started_wall_s=NOW_S - HOUR_S) for i in ids)) == size
+    assert ledger.open_begins("gateway-0-1") == ()
+    assert ledger.forget(NOW_S - 1) >= size
+
+
 # -- failing
 
 

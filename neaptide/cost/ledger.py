@@ -24,7 +24,6 @@ from neaptide.journal import Located
 from neaptide.types import Begin, Usage
 
 SWEEP_ROWS = 5000  # deleted in one transaction: the writer is held up for some ms, not for a year's worth
-IN_ROWS = 5000  # bound parameters of one IN; SQLite takes 32,766
 
 
 __all__ = ["By", "Ledger", "Page", "Position", "Receipt", "Taken", "Total", "UsageFilter", "open_ledger"]
@@ -67,7 +66,7 @@ class Ledger:
             fresh = [r.value for r in records if segment > at.segment or r.end > at.offset]
             begins, ends, closed = _paired(fresh)
             added = self._add(connection, ends)
-            _forget_begins(connection, journal, closed)
+            self._forget_begins(connection, journal, closed)
             self.database.insert_new(connection, schema.open_begins, [_begin_row(journal, b) for b in begins])
             connection.execute(
                 schema.journal_offsets.update()
@@ -103,14 +102,15 @@ class Ledger:
             still = set(connection.scalars(sa.select(table.c.request_id).where(table.c.journal == journal)))
             ends = [u for i, u in given.items() if i in still]
             added = self._add(connection, ends)
-            _forget_begins(connection, journal, [u.request_id for u in ends])
+            self._forget_begins(connection, journal, [u.request_id for u in ends])
         return added
 
     def _add(self, connection: sa.Connection, usages: Sequence[Usage]) -> int:
         """Rows, charges and hourly sums of what is not there yet."""
         unique = {u.request_id: u for u in map(sound, reversed(usages))}  # the first of equals stands
-        for known in _existing(connection, list(unique)):
-            del unique[known]
+        known = self.database.among(schema.usage.c.request_id, list(unique))
+        for request_id in connection.scalars(sa.select(schema.usage.c.request_id).where(known)):
+            del unique[request_id]
         rows, charges = [], []
         for usage in reversed(unique.values()):
             prices = self.prices.at(usage.started_wall_s)
@@ -130,6 +130,11 @@ class Ledger:
             self.database.insert_new(connection, schema.journal_offsets, [first])
             at = _position(connection, journal, lock=True)
         return at or Position(0, 0)
+
+    def _forget_begins(self, connection: sa.Connection, journal: str, ids: Sequence[str]) -> None:
+        table = schema.open_begins
+        gone = self.database.among(table.c.request_id, list(map(text, ids)))
+        connection.execute(table.delete().where(table.c.journal == journal, gone))
 
     # -- prices
 
@@ -178,8 +183,8 @@ class Ledger:
         while True:
             with self.database.write() as connection:
                 ids = list(connection.scalars(old))
-                connection.execute(schema.charges.delete().where(schema.charges.c.request_id.in_(ids)))
-                connection.execute(table.delete().where(table.c.request_id.in_(ids)))
+                for rows in (schema.charges, table):
+                    connection.execute(rows.delete().where(self.database.among(rows.c.request_id, ids)))
             gone += len(ids)
             if len(ids) < SWEEP_ROWS:
                 return gone
@@ -233,21 +238,6 @@ def _paired(records: Sequence[Begin | Usage]) -> tuple[list[Begin], list[Usage],
 
 def _begin_row(journal: str, begin: Begin) -> dict[str, Any]:
     return {"journal": journal, "request_id": text(begin.request_id), "begin": msgspec.json.encode(begin).decode()}
-
-
-def _forget_begins(connection: sa.Connection, journal: str, ids: Sequence[str]) -> None:
-    table = schema.open_begins
-    for at in range(0, len(ids), IN_ROWS):
-        some = [text(i) for i in ids[at : at + IN_ROWS]]
-        connection.execute(table.delete().where(table.c.journal == journal, table.c.request_id.in_(some)))
-
-
-def _existing(connection: sa.Connection, ids: Sequence[str]) -> list[str]:
-    column = schema.usage.c.request_id
-    found: list[str] = []
-    for at in range(0, len(ids), IN_ROWS):
-        found += connection.scalars(sa.select(column).where(column.in_(ids[at : at + IN_ROWS])))
-    return found
 
 
 def _price_book(connection: sa.Connection) -> PriceBook:
