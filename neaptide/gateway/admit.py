@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from neaptide.errors import RequestError
 from neaptide.table import KeyRow
@@ -41,12 +42,6 @@ class Keys:
         row = self._seen.get(authorization)
         return row if row is not None else self._look_up(authorization)
 
-    def seen(self, authorization: bytes | None) -> KeyRow | None:
-        """The row of a header that `find` accepted before."""
-        if not self.required:
-            return ANYBODY
-        return self._seen.get(authorization) if authorization is not None else None
-
     def _look_up(self, authorization: bytes) -> KeyRow:
         scheme, _, key = authorization.partition(b" ")
         key = key.strip()
@@ -62,6 +57,19 @@ class Keys:
             self._seen.clear()
         self._seen[authorization] = row
         return row
+
+
+class Terms(NamedTuple):
+    """What a head asks of its request's time: its class, and whether it sets a deadline."""
+
+    priority: Priority
+    timed: bool
+
+
+def terms(headers: Mapping[bytes, bytes], key: KeyRow) -> Terms:
+    """RequestError 400 for a class that is none."""
+    timed = b"x-neaptide-deadline-ms" in headers or b"x-stainless-read-timeout" in headers
+    return Terms(priority(headers.get(b"x-neaptide-priority"), key), timed)
 
 
 def check_model(key: KeyRow, model: str) -> None:

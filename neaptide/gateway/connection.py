@@ -48,8 +48,8 @@ class Gate(Protocol):
     def at_head(self, call: Call, limits: Limits) -> None:
         """Judge a head: sets path, route and key. RequestError when the request is refused."""
 
-    def again(self, call: Call) -> bool:
-        """Name and admit a call whose head is known; False when it must be judged afresh."""
+    def again(self, call: Call, body: bytes, now: float) -> bool:
+        """Renew an admitted call for its next body; False when its head must be judged afresh."""
 
     def enter(self, connection: Connection, call: Call, now: float) -> None:
         """A whole request, to be answered."""
@@ -168,24 +168,25 @@ class Connection(asyncio.Protocol):
         elif self._known is None or not self._same_again(data, *self._known):
             self._feed(data)
 
-    def _same_again(self, data: bytes, head: Repeat, before: Call) -> bool:
-        """Serve `data` if it is the head of the call before with another body; the parser then need not see it."""
+    def _same_again(self, data: bytes, head: Repeat, call: Call) -> bool:
+        """Serve `data` if it is the head of `call` with another body; the parser then need not see it."""
         if self._incoming is not None or self._seen:
             return False
         body = head.body(data)
         if body is None:
             return False
         server, size = self._server, len(body)
-        self._now = now = mono_s()
-        call = before.again(body, now)
         limits = server.limits
-        if size > limits.body_bytes or server.body_bytes + size > limits.inflight_bytes or not server.gate.again(call):
-            call.size = 0
+        if size > limits.body_bytes or server.body_bytes + size > limits.inflight_bytes:
+            return False
+        self._now = now = mono_s()
+        if not server.gate.again(call, body, now):
             return False
         server.body_bytes += size
         self._misses = 0
-        self._serve(call)
-        if self._serving is None and not self._reading:
+        self._serving, self.due_s = call, FOREVER
+        server.gate.enter(self, call, now)
+        if not self._reading:
             self._step()
         return True
 
@@ -359,16 +360,13 @@ class Connection(asyncio.Protocol):
         else:
             self._server.gate.enter(self, call, self._now)
 
-    def closes(self, call: Call) -> bool:
-        """Does the connection end with this call's answer?"""
-        return call.close or self._server.draining
-
-    def lines(self, call: Call) -> bytes:
-        """The header lines of any answer to `call`."""
-        origins = self._server.cors.origins
-        if origins:
-            return self._server.date.line + call.id_lines() + cors_lines(call, self._server.cors)
-        return self._server.date.line + call.id_lines()
+    def head(self, call: Call, status: int, content_type: bytes, length: int | None, lines: bytes = b"") -> bytes:
+        """The head of any answer to `call`; `length` and `lines` as answer.head says."""
+        server = self._server
+        lines += server.date.line + call.id_lines()
+        if server.cors.origins:
+            lines += cors_lines(call, server.cors)
+        return answer.head(status, content_type, length, lines, call.close or server.draining)
 
     def write(self, data: bytes) -> None:
         if self._transport is not None:
@@ -383,16 +381,17 @@ class Connection(asyncio.Protocol):
             transport.write(data)
         self._serving = self.exchange = None
         self._free(call)
-        if self.closes(call):
+        server = self._server
+        if call.close or server.draining:
             self._say_goodbye(transport)
             return
-        self.due_s = mono_s() + self._server.limits.keep_alive_s
+        self.due_s = mono_s() + server.limits.keep_alive_s
         if self._ahead or self._held or not self._reading:
             self._step()
 
     def answer(self, call: Call, status: int, content_type: bytes, body: bytes, lines: bytes = b"") -> None:
         """A whole answer."""
-        head = answer.head(status, content_type, len(body), lines + self.lines(call), self.closes(call))
+        head = self.head(call, status, content_type, len(body), lines)
         self.end(call, head if call.method == b"HEAD" else head + body)
 
     def refuse(self, call: Call, error: RequestError) -> None:
@@ -453,8 +452,9 @@ class Connection(asyncio.Protocol):
         """Its body is no longer held."""
         self._server.body_bytes -= call.size
         call.size = 0
-        call.parts = []
         call.body = b""
+        if call.parts:
+            call.parts = []
 
     # --- backpressure
 

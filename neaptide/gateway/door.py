@@ -10,7 +10,7 @@ from msgspec import Raw
 
 from neaptide.clock import mono_s
 from neaptide.errors import RequestError, StorageError
-from neaptide.gateway import admit, ids, queue, route
+from neaptide.gateway import admit, ids, queue, record, route
 from neaptide.gateway.access import AccessLog, Line, UsageLine
 from neaptide.gateway.call import Call
 from neaptide.gateway.connection import Connection
@@ -18,12 +18,14 @@ from neaptide.gateway.exchange import DONE, WAITING, Exchange
 from neaptide.gateway.lane import Lane
 from neaptide.gateway.metrics import Metrics
 from neaptide.gateway.route import Target
-from neaptide.gateway.upstream import Order, Upstream
+from neaptide.gateway.upstream import Upstream
 from neaptide.table import Gauges, KeyRow, ReplicaRow, Table
 from neaptide.types import Begin, Usage
 from neaptide.wire.peek import peek, splice
 
 log = logging.getLogger("neaptide.gateway")
+
+FOREVER = float("inf")
 
 
 class Journal(Protocol):
@@ -75,15 +77,19 @@ class Door:
             if full_disk is not None:
                 raise _disk_full(full_disk)
             asked = peek(call.body)
-            lane = self._lane(asked.model)
-            admit.check_model(key, lane.row.model)
-            priority = admit.priority(call.headers.get(b"x-neaptide-priority"), key)
-            deadline_s = admit.deadline_s(call.headers, asked.stream, call.arrived_s)
+            lane = self._by_name.get(asked.model)
+            if lane is None:
+                raise _unknown_model(asked.model)
+            if key.models:
+                admit.check_model(key, lane.row.model)
+            terms = call.terms
+            if terms is None:
+                terms = call.terms = admit.terms(call.headers, key)
+            deadline_s = admit.deadline_s(call.headers, asked.stream, call.arrived_s) if terms.timed else FOREVER
         except RequestError as error:
             self.refuse(connection, call, error, now)
             return
-        exchange = Exchange(self, connection, call, key, lane, asked, priority, deadline_s)
-        connection.exchange = exchange
+        connection.exchange = exchange = Exchange(self, connection, call, key, lane, asked, terms.priority, deadline_s)
         self.live.add(exchange)
         lane.metrics.arrivals += 1
         lane.turn += 1
@@ -92,18 +98,6 @@ class Door:
             self._wait(exchange, now)
         else:
             self._dispatch(exchange, target, now)
-
-    def _lane(self, model: str) -> Lane:
-        lane = self._by_name.get(model)
-        if lane is None:
-            raise RequestError(
-                404,
-                f"The model '{model}' does not exist.",
-                slug="model_not_found",
-                param="model",
-                fix="GET /v1/models lists those that do.",
-            )
-        return lane
 
     def _wait(self, exchange: Exchange, now: float, since_s: float | None = None) -> None:
         """Into the line; or a refusal, where waiting is hopeless or the line is full."""
@@ -127,7 +121,7 @@ class Door:
         row = target.row
         if not exchange.begun:
             try:
-                self.journal.begin(_begin(exchange, row))
+                self.journal.begin(record.begin(exchange, row))
             except StorageError as e:  # the disk filled up while it waited
                 exchange.fail(_disk_full(e.what), now, "refused")
                 return
@@ -140,8 +134,8 @@ class Door:
             hide = asked.stream and not asked.include_usage
             if hide or name != asked.model:
                 body = splice(body, model=name if name != asked.model else None, include_usage=hide)
-        exchange.sent(target, now, hide)
-        lane.upstreams[row.id].send(_order(exchange, body, now), exchange)
+        exchange.sent(target, now, body, hide)
+        lane.upstreams[row.id].send(exchange)
 
     def again(self, exchange: Exchange, now: float) -> None:
         """Another try, before the first byte: another replica, if one can take it; else the front of the line."""
@@ -332,38 +326,13 @@ def _same_process(a: ReplicaRow, b: ReplicaRow) -> bool:
     return (a.endpoint, a.epoch, a.token, a.remote_model) == (b.endpoint, b.epoch, b.token, b.remote_model)
 
 
-def _begin(exchange: Exchange, row: ReplicaRow) -> Begin:
-    call, key, asked = exchange.call, exchange.key, exchange.asked
-    return Begin(
-        request_id=call.id,
-        tenant=key.tenant,
-        project=key.project,
-        key=key.id,
-        model=exchange.lane.row.model,
-        revision=row.revision,
-        replica=row.id,
-        priority=exchange.priority,
-        route=call.route,
-        prompt_bytes=call.size,
-        max_tokens=asked.max_tokens or 0,
-        started_wall_s=call.wall_s,
-        arrived_mono_s=call.arrived_s,
-    )
-
-
-def _order(exchange: Exchange, body: bytes, now: float) -> Order:
-    call, asked = exchange.call, exchange.asked
-    return Order(
-        call.id,
-        call.route,
-        body,
-        asked.stream,
-        bool(asked.include_usage),
-        exchange.key.tenant,
-        call.traceparent,
-        call.headers.get(b"tracestate", b"")[:512],
-        exchange.deadline_s - now if exchange.deadline_s != float("inf") else None,
-        exchange.lane.row.timeouts,
+def _unknown_model(model: str) -> RequestError:
+    return RequestError(
+        404,
+        f"The model '{model}' does not exist.",
+        slug="model_not_found",
+        param="model",
+        fix="GET /v1/models lists those that do.",
     )
 
 

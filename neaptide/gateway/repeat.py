@@ -30,13 +30,11 @@ class Repeat:
         """The body, when `data` is the same head and one whole body; else None."""
         if not data.startswith(self._prefix):
             return None
-        start = self._start
-        end = data.find(b"\r", start, start + 10)
-        digits = data[start:end]
-        if end < 0 or not digits.isdigit() or not data.startswith(self._suffix, end):
+        end = data.find(b"\r", self._start, self._start + 10)
+        if end < 0 or not data.startswith(self._suffix, end):
             return None
-        start = end + self._suffix_bytes
-        return data[start:] if len(data) - start == int(digits) else None
+        body = data[end + self._suffix_bytes :]
+        return body if data[self._start : end] == b"%d" % len(body) else None
 
 
 def learn(data: bytes) -> Repeat | None:

@@ -48,7 +48,8 @@ class Routes:
         _check_method(call, b"POST")
         if not self.door.held:
             raise RequestError(503, "The gateway is starting.", slug="starting", retry_after_s=1.0)
-        call.key = self.door.keys.find(call.headers.get(b"authorization"))
+        call.keys = self.door.keys
+        call.key = call.keys.find(call.headers.get(b"authorization"))
         call.route = route
         coding = call.headers.get(b"content-encoding")
         if coding is not None and coding.lower() != b"identity":
@@ -59,12 +60,10 @@ class Routes:
                 fix="Send it without Content-Encoding.",
             )
 
-    def again(self, call: Call) -> bool:
-        key = self.door.keys.seen(call.headers.get(b"authorization"))
-        if key is None:
+    def again(self, call: Call, body: bytes, now: float) -> bool:
+        if call.keys is not self.door.keys:  # the table has changed since
             return False
-        call.key = key
-        call.name(self.door.ids, wall_s())
+        call.renew(body, now, self.door.ids, wall_s())
         return True
 
     def enter(self, connection: Connection, call: Call, now: float) -> None:

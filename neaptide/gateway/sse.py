@@ -16,7 +16,8 @@ EVENT_BYTES = 1 << 20  # longest unfinished event that is held back while lookin
 _USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _USAGE_OBJECT = re.compile(rb'"usage"\s*:\s*\{')
 _FINISH = re.compile(rb'"finish_reason"\s*:\s*"(\w{1,32})"')
-_KNOWN = {b':"%b"' % word.encode(): word for word in ("stop", "length", "tool_calls", "content_filter", "abort")}
+_WORDS = ("stop", "length", "tool_calls", "content_filter", "abort")
+_KNOWN = {b':"%b"' % word.encode(): word for word in _WORDS}
 
 
 class _PromptDetails(msgspec.Struct, gc=False):
@@ -34,6 +35,15 @@ class _Usage(msgspec.Struct, gc=False):
     completion_tokens_details: _OutputDetails | None = None
 
 
+class _Choice(msgspec.Struct, gc=False):
+    finish_reason: str | None = None
+
+
+class _Answer(msgspec.Struct, gc=False):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+
+
 class _Event(msgspec.Struct, gc=False):
     choices: list[msgspec.Raw] | None = None
     usage: msgspec.Raw = msgspec.Raw()
@@ -49,7 +59,24 @@ class Counts(msgspec.Struct, frozen=True, gc=False):
 
 
 _decode_usage = msgspec.json.Decoder(_Usage).decode
+_decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_event = msgspec.json.Decoder(_Event).decode
+
+
+def of_answer(body: bytes) -> tuple[Counts | None, str]:
+    """Usage and finish reason of a whole answer that did not stream: decoded where it is short (one pass instead of
+    two searches), else looked for at its end."""
+    if len(body) <= TAIL_BYTES:
+        try:
+            read = _decode_answer(body)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            pass  # not an answer as OpenAI describes it: perhaps one of its parts is
+        else:
+            word = read.choices[-1].finish_reason or "" if read.choices else ""
+            if not word or word in _WORDS:
+                return (_counts(read.usage) if read.usage is not None else None), word
+    tail = body[-TAIL_BYTES:]
+    return usage(tail), finish(tail)
 
 
 def usage(tail: bytes) -> Counts | None:
@@ -58,20 +85,21 @@ def usage(tail: bytes) -> Counts | None:
     while at >= 0:
         if found := _USAGE.match(tail, at):
             try:
-                u = _decode_usage(found[1])
+                return _counts(_decode_usage(found[1]))
             except msgspec.DecodeError:
                 return None
-            prompt, output = u.prompt_tokens or 0, u.completion_tokens or 0
-            if not u.prompt_tokens_details and not u.completion_tokens_details and prompt >= 0 <= output:
-                return Counts(prompt, 0, 0, output)  # the common one
-            return Counts(
-                prompt=max(0, u.prompt_tokens or 0),
-                cached=max(0, (u.prompt_tokens_details and u.prompt_tokens_details.cached_tokens) or 0),
-                reasoning=max(0, (u.completion_tokens_details and u.completion_tokens_details.reasoning_tokens) or 0),
-                output=max(0, u.completion_tokens or 0),
-            )
         at = tail.rfind(b'"usage"', 0, at)
     return None
+
+
+def _counts(read: _Usage) -> Counts:
+    given, made = read.prompt_tokens_details, read.completion_tokens_details
+    prompt, output = read.prompt_tokens or 0, read.completion_tokens or 0
+    cached = given.cached_tokens or 0 if given is not None else 0
+    reasoning = made.reasoning_tokens or 0 if made is not None else 0
+    if prompt < 0 or cached < 0 or reasoning < 0 or output < 0:
+        return Counts(max(0, prompt), max(0, cached), max(0, reasoning), max(0, output))
+    return Counts(prompt, cached, reasoning, output)
 
 
 def finish(tail: bytes) -> str:

@@ -1,9 +1,9 @@
 """What lies between an exchange and a replica, whichever protocol the replica speaks.
 
-The exchange hands an Order to its target's Upstream and gets a Handle. The upstream then calls the Sink: for HTTP
-`on_head`, `on_body`..., `on_end`; for the link `on_tokens`..., `on_link_end`; or at any moment `on_failure`, once,
-after which it calls nothing more. After `abort` an HTTP upstream is silent; a link upstream still tells the end,
-because only the replica knows what it had generated.
+The exchange gives itself to its target's Upstream, as a Sink, and gets a Handle. The upstream reads from it what the
+replica is to get, then calls it: for HTTP `on_head`, `on_body`..., `on_end`; for the link `on_tokens`...,
+`on_link_end`; or at any moment `on_failure`, once, after which it calls nothing more. After `abort` an HTTP upstream is
+silent; a link upstream still tells the end, because only the replica knows what it had generated.
 """
 
 from __future__ import annotations
@@ -14,26 +14,31 @@ from typing import Protocol
 import msgspec
 
 from neaptide.errors import RequestError
+from neaptide.gateway.call import Call
 from neaptide.link import EndHeader
-from neaptide.table import Timeouts
+from neaptide.table import KeyRow, Timeouts
+from neaptide.wire.peek import Peek
 
 PASSED_HEADERS = frozenset((b"warning", b"cache-control", b"retry-after"))  # go to the client
-HEADERS_READ = PASSED_HEADERS | {b"content-type", b"content-length"}  # all that a sink asks a head for
 
 
-class Order(msgspec.Struct, gc=False):
-    """One request as a replica is to get it."""
+class AnswerHead(msgspec.Struct, frozen=True, gc=False):
+    """What counts of the head of an answer. One may stand for all answers with the same head."""
 
-    request_id: str
-    route: str  # chat.completions | completions | tokenize
-    body: bytes
-    stream: bool
-    include_usage: bool  # the client asked for the usage chunk itself
-    tenant: str
-    traceparent: bytes
-    tracestate: bytes
-    deadline_in_s: float | None
-    timeouts: Timeouts
+    status: int = 200
+    content_type: bytes = b"application/json"
+    passed: bytes = b""  # whole header lines for the client
+    length: int | None = None  # as the replica declared it; None for events
+    events: bool = False  # an event stream
+
+
+def read_head(status: int, headers: Mapping[bytes, bytes]) -> AnswerHead:
+    """Of a replica's HTTP answer; names in lower case."""
+    content_type = headers.get(b"content-type", b"application/json")
+    events = content_type.startswith(b"text/event-stream")
+    length = None if events else headers.get(b"content-length")
+    passed = b"".join(b"%b: %b\r\n" % (k, v) for k, v in headers.items() if k in PASSED_HEADERS)
+    return AnswerHead(status, content_type, passed, None if length is None else int(length), events)
 
 
 class Failure(msgspec.Struct, frozen=True, gc=False):
@@ -66,9 +71,18 @@ class Handle(Protocol):
 class Sink(Protocol):
     """What an exchange is to its upstream. `now` is one reading of the clock a read."""
 
+    call: Call
+    asked: Peek
+    key: KeyRow
+    body: bytes  # as this replica is to get it
+    sent_s: float
+    deadline_s: float  # infinite: none
     handle: Handle | None
 
-    def on_head(self, status: int, headers: Mapping[bytes, bytes]) -> bool:
+    @property
+    def timeouts(self) -> Timeouts: ...
+
+    def on_head(self, head: AnswerHead) -> bool:
         """The replica's head. False: this answer is not wanted (another replica will be tried); say nothing more."""
 
     def on_body(self, data: bytes, now: float) -> None:
@@ -92,7 +106,7 @@ class Sink(Protocol):
 
 
 class Upstream(Protocol):
-    def send(self, order: Order, sink: Sink) -> None:
+    def send(self, sink: Sink) -> None:
         """Start; sets `sink.handle`. Never calls the sink before it returns, except to set the handle."""
 
     def close(self) -> None:

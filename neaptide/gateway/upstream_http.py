@@ -14,11 +14,12 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
+import msgspec
 
 from neaptide import __version__
 from neaptide.clock import mono_s
 from neaptide.gateway.repeat import MISSES_AT_MOST, Repeat, learn, whole_chunks
-from neaptide.gateway.upstream import HEADERS_READ, Failure, Order, Sink
+from neaptide.gateway.upstream import AnswerHead, Failure, Sink, read_head
 from neaptide.table import ReplicaRow
 
 log = logging.getLogger("neaptide.gateway")
@@ -45,20 +46,20 @@ class HttpPool:
         self._tasks: set[asyncio.Task[None]] = set()
         self._heads = _request_heads(row, url.netloc.rpartition("@")[2], url.path.rstrip("/"))
 
-    def send(self, order: Order, sink: Sink) -> None:
+    def send(self, sink: Sink) -> None:
         """On the warmest idle connection (last in, first out), else on a new one."""
         while self._idle:
             connection = self._idle.pop()
             if connection.usable():
-                connection.start(order, sink)
+                connection.start(sink)
                 return
-        self.send_fresh(order, sink)
+        self.send_fresh(sink)
 
-    def send_fresh(self, order: Order, sink: Sink) -> None:
+    def send_fresh(self, sink: Sink) -> None:
         connection = Connection(self)
-        connection.order, connection.sink = order, sink
+        connection.sink = sink
         sink.handle = connection
-        task = self._loop.create_task(self._connect(connection, order.timeouts.connect_s))
+        task = self._loop.create_task(self._connect(connection, sink.timeouts.connect_s))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -76,14 +77,14 @@ class HttpPool:
             for connection in stale:
                 connection.drop()
 
-    def request_head(self, order: Order) -> bytes:
-        return b"%b%baccept: %b\r\nx-request-id: %b\r\ntraceparent: %b\r\ncontent-length: %d\r\n\r\n" % (
-            self._heads[order.route],
-            b"tracestate: %b\r\n" % order.tracestate if order.tracestate else b"",
-            b"text/event-stream" if order.stream else b"application/json",
-            order.request_id.encode(),
-            order.traceparent,
-            len(order.body),
+    def request_head(self, sink: Sink) -> bytes:
+        call = sink.call
+        return b"%b%bx-request-id: %b\r\ntraceparent: %b\r\ncontent-length: %d\r\n\r\n" % (
+            self._heads[call.route, sink.asked.stream],
+            b"tracestate: %b\r\n" % call.tracestate if call.tracestate else b"",
+            call.id.encode(),
+            call.traceparent,
+            len(sink.body),
         )
 
     def put_back(self, connection: Connection, now: float) -> None:
@@ -120,6 +121,7 @@ class Connection(asyncio.Protocol):
         "_begun",
         "_between",
         "_complete",
+        "_head",
         "_head_seen",
         "_headers",
         "_headers_done",
@@ -130,12 +132,10 @@ class Connection(asyncio.Protocol):
         "_paused",
         "_pool",
         "_reusable",
-        "_status",
         "_transport",
         "_until_eof",
         "_unwanted",
         "idle_since_s",
-        "order",
         "sink",
         "uses",
     )
@@ -144,14 +144,14 @@ class Connection(asyncio.Protocol):
         self._pool = pool
         self._transport: asyncio.Transport | None = None
         self._parser: Any = httptools.HttpResponseParser(self)
-        self.order: Order | None = None
         self.sink: Sink | None = None
         self.uses = 0
         self.idle_since_s = 0.0
         self._paused = False
         self._between = False  # the parser stands between two chunks
         self._misses = 0
-        self._known: tuple[Repeat, int, dict[bytes, bytes]] | None = None  # the last head that came whole
+        self._head: AnswerHead | None = None
+        self._known: tuple[Repeat, AnswerHead] | None = None  # the last head that came whole, and what it meant
         self._reset()
 
     def _reset(self) -> None:
@@ -159,29 +159,28 @@ class Connection(asyncio.Protocol):
         self._headers: dict[bytes, bytes] = {}
         self._begun = self._headers_done = self._complete = False
         self._until_eof = self._reusable = self._unwanted = False
-        self._head_seen = self._status = 0
+        self._head_seen = 0
 
     # --- its life
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's own class does not inherit it
-        order, sink = self.order, self.sink
-        if order is None or sink is None:  # aborted while it connected
+        if self.sink is None:  # aborted while it connected
             self._pool.put_back(self, mono_s())
-            return
-        self.start(order, sink)
+        else:
+            self.start(self.sink)
 
     def usable(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def start(self, order: Order, sink: Sink) -> None:
-        transport = cast(asyncio.Transport, self._transport)
-        self.order, self.sink = order, sink
+    def start(self, sink: Sink) -> None:
+        transport: Any = self._transport
+        self.sink = sink
         sink.handle = self
         self.uses += 1
         self._head_seen = 0
         self._headers_done = self._between = False
-        head, body = self._pool.request_head(order), order.body
+        head, body = self._pool.request_head(sink), sink.body
         if len(body) <= WHOLE_WRITE:
             transport.write(head + body)
         else:
@@ -190,7 +189,7 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """The request is unwanted: a server notices a closed connection at once, and nothing else."""
-        self.sink = self.order = None
+        self.sink = None
         if self._transport is not None:
             self._transport.abort()
 
@@ -210,9 +209,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        sink, order = self.sink, self.order
-        self.sink = self.order = self._parser = None  # the parser holds us
-        if sink is None or order is None:
+        sink = self.sink
+        self.sink = self._parser = None  # the parser holds us
+        if sink is None:
             self._pool.forget(self)
             return
         if self._head_seen and self._until_eof and exc is None:
@@ -220,13 +219,13 @@ class Connection(asyncio.Protocol):
         elif self._head_seen:
             sink.on_failure(Failure("replica_broke_off", f"broke off its answer ({exc or 'connection closed'})"))
         elif self.uses > 1:  # a stale keep-alive connection: nothing was read, nothing came
-            self._pool.send_fresh(order, sink)
+            self._pool.send_fresh(sink)
         else:
             sink.on_failure(Failure("replica_reset", "closed the connection without an answer", True, True))
 
     def fail(self, slug: str, message: str) -> None:
         """It never connected."""
-        sink, self.sink, self.order = self.sink, None, None
+        sink, self.sink = self.sink, None
         if sink is not None:
             sink.on_failure(Failure(slug, message, retryable=True, unreachable=True))
 
@@ -259,15 +258,17 @@ class Connection(asyncio.Protocol):
     def _begin_answer(self, data: bytes, sink: Sink) -> bool:
         """The first bytes of an answer. True: its head is known and it came whole, so it is already passed on."""
         if not self._head_seen:
-            body = self._known[0].body(data) if self._known is not None else None
-            if self._known is not None and body is not None:
-                self._head_seen, self._misses = len(data), 0
-                if sink.on_head(self._known[1], self._known[2]):
-                    self._reusable = True
-                    self._finish(sink, body)
-                else:
-                    self._quit()
-                return True
+            if self._known is not None:
+                repeat, head = self._known
+                body = repeat.body(data)
+                if body is not None:
+                    self._head_seen, self._misses = len(data), 0
+                    if sink.on_head(head):
+                        self._reusable = True
+                        self._finish(sink, body)
+                    else:
+                        self._quit()
+                    return True
             self._reset()
         self._head_seen += len(data)
         return False
@@ -288,13 +289,13 @@ class Connection(asyncio.Protocol):
     def _learn(self, data: bytes) -> None:
         """Remember the head of a plain answer that came whole in one read."""
         self._misses += 1
-        if self._status == 200 and b"content-length" in self._headers:
-            head = learn(data)
-            headers = {k: v for k, v in self._headers.items() if k in HEADERS_READ}
-            self._known = (head, self._status, headers) if head is not None else None
+        head = self._head
+        if head is not None and head.status == 200 and b"content-length" in self._headers:
+            repeat = learn(data)
+            self._known = (repeat, msgspec.structs.replace(head, length=None)) if repeat is not None else None
 
     def _finish(self, sink: Sink, last: bytes) -> None:
-        self.sink = self.order = None
+        self.sink = None
         if self._paused:
             self.resume_reading()
         now = mono_s()
@@ -309,7 +310,7 @@ class Connection(asyncio.Protocol):
         sink.on_failure(Failure("replica_bad_answer", message))
 
     def _quit(self) -> None:
-        self.sink = self.order = None
+        self.sink = None
         if self._transport is not None:
             self._transport.abort()
 
@@ -331,12 +332,12 @@ class Connection(asyncio.Protocol):
         if 100 <= status < 200:
             self._headers = {}
             return
-        self._status = status
         self._headers_done = True
         headers = self._headers
         self._until_eof = b"content-length" not in headers and b"transfer-encoding" not in headers
         self._reusable = not self._until_eof and bool(self._parser.should_keep_alive())
-        self._unwanted = not self.sink.on_head(status, headers)
+        self._head = head = read_head(status, headers)
+        self._unwanted = not self.sink.on_head(head)
 
     def on_body(self, data: bytes) -> None:
         if not self._complete:
@@ -355,13 +356,15 @@ class Connection(asyncio.Protocol):
             self._begun = False  # an interim answer (1xx)
 
 
-def _request_heads(row: ReplicaRow, host: str, base: str) -> dict[str, bytes]:
-    """By route, the request line and the headers that never change. /tokenize stands beside /v1, not under it."""
+def _request_heads(row: ReplicaRow, host: str, base: str) -> dict[tuple[str, bool], bytes]:
+    """By route and whether it streams, the request line and the headers that never change. /tokenize stands beside
+    /v1, not under it."""
     lines = f"host: {host}\r\nuser-agent: neaptide/{__version__}\r\ncontent-type: application/json\r\n"
     if row.token:
         lines += f"authorization: Bearer {row.token}\r\n"
     heads = {}
     for route, path in ROUTES.items():
         root = base.removesuffix("/v1") if route == "tokenize" else base
-        heads[route] = f"POST {root}{path} HTTP/1.1\r\n{lines}".encode()
+        for stream, accept in ((False, "application/json"), (True, "text/event-stream")):
+            heads[route, stream] = f"POST {root}{path} HTTP/1.1\r\n{lines}accept: {accept}\r\n".encode()
     return heads

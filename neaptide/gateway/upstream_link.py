@@ -18,7 +18,7 @@ import msgspec
 from neaptide import link
 from neaptide.clock import mono_s
 from neaptide.gateway.route import Target
-from neaptide.gateway.upstream import Failure, Order, Sink
+from neaptide.gateway.upstream import Failure, Sink
 from neaptide.link import (
     ABORT,
     BODY,
@@ -114,7 +114,7 @@ class LinkClient:
 
     # --- towards the replica
 
-    def send(self, order: Order, sink: Sink) -> None:
+    def send(self, sink: Sink) -> None:
         self._numbers += 1
         stream = Stream(self, self._numbers, sink)
         sink.handle = stream
@@ -124,15 +124,15 @@ class LinkClient:
             self._loop.call_soon(sink.on_failure, failure)
             return
         self._streams[stream.id] = stream
-        body = order.body
+        call, asked, body = sink.call, sink.asked, sink.body
         header = OpenHeader(
-            request_id=order.request_id,
-            route=order.route,
+            request_id=call.id,
+            route=call.route,
             body_bytes=len(body),
-            stream=order.stream,
-            include_usage=order.include_usage,
-            tenant=order.tenant,
-            deadline_in_s=order.deadline_in_s,
+            stream=asked.stream,
+            include_usage=bool(asked.include_usage),
+            tenant=sink.key.tenant,
+            deadline_in_s=sink.deadline_s - sink.sent_s if sink.deadline_s != float("inf") else None,
         )
         wire.write(frame(stream.id, OPEN, link.pack_header(header, body[:PART_BYTES])))
         for start in range(PART_BYTES, len(body), PART_BYTES):
