@@ -130,7 +130,11 @@ class Revision(Struct, frozen=True, kw_only=True):
 
 class Scale(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     min: int = 1
-    max: int = 1
+    max: int = -1  # -1: as many as `min`, at least one
+
+    def __post_init__(self) -> None:
+        if self.max == -1:
+            msgspec.structs.force_setattr(self, "max", max(self.min, 1))
 
 
 class Slo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -145,6 +149,7 @@ class Deployment(Noun, frozen=True, kw_only=True):
     candidate: Revision | None = None
     scale: Scale = Scale()
     slo: Slo = Slo()
+    drain_s: float = 900.0  # what runs on a replica that leaves may take this long
 
 
 class Replica(Noun, frozen=True, kw_only=True):

@@ -25,6 +25,13 @@ def test_the_default_text_serves_the_built_in_model() -> None:
     assert settings.models["guide"].scale.min == 1
 
 
+@pytest.mark.parametrize(("written", "most"), [("{}", 1), ("{min: 3}", 3), ("{min: 0}", 1), ("{min: 0, max: 0}", 0)])
+def test_a_model_without_a_maximum_runs_its_minimum_and_at_least_one(written: str, most: int, tmp_path: Path) -> None:
+    file = tmp_path / "neaptide.yaml"
+    file.write_text(f"models: {{guide: {{scale: {written}}}}}\n")
+    assert load(file).models["guide"].scale.max == most
+
+
 def test_the_documented_example_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("sk-remote\n")
     text = f"""

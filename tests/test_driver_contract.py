@@ -120,7 +120,7 @@ def test_every_verb_may_be_repeated_and_unknown_ids_are_ignored(make, tmp_path: 
         async with make(tmp_path) as one:
             before = await one.observe()
             await one.launch(Launch(deployment="m", replica=before[0].id, epoch=0), DEPLOYMENT)
-            await one.drain("nobody", 1.0)
+            await one.drain("nobody")
             await one.forget("nobody")
             await one.forget(before[0].id)  # it lives: nothing to forget
             assert list(before) == list(await one.observe())
@@ -136,7 +136,7 @@ def test_a_drained_local_replica_ends_and_is_gone(tmp_path: Path) -> None:
     async def story() -> None:
         async with local(tmp_path) as one:
             pid = one.pids()["m-0"]
-            await one.drain("m-0", 5.0)
+            await one.drain("m-0")
             assert one.rows()["m-0"].state == "draining"
 
             async def gone() -> bool:

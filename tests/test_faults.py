@@ -170,7 +170,7 @@ def test_a_client_that_leaves_frees_its_slot_and_is_recorded_as_aborted(serve: S
 
 
 def test_apply_changes_what_is_served_without_dropping_a_stream(serve: Serve) -> None:
-    service = serve(SLOW)
+    service = serve(SLOW, "--grace-s", "1")  # the grace is for the end of the service: no stream ends with an apply
     answer = stream(service, "through the change", max_tokens=150)
     assert answer.first.wait(20)
     service.config.write_text(

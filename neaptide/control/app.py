@@ -84,7 +84,7 @@ class Control:
         self.local = LocalDriver(self.supervisor, self.state, spec.token, self._replica_spec, self._nudge)
         self.static = StaticDriver({}, {})
         self.journal = DecisionJournal(self.state.log / "decisions.jsonl")
-        self.loop = Loop((self.local, self.static), self._scaled, self._gauges, self._told, self.journal, spec.grace_s)
+        self.loop = Loop((self.local, self.static), self._scaled, self._gauges, self._told, self.journal)
         self.books = Books(self.state, self.settings)
         self.ending = asyncio.Event()
 
@@ -263,7 +263,7 @@ class Control:
             http_path=str(self.local.http_path(launch.replica)),
             cache_dir=str(self.state.cache),
             log_path=str(self.state.log / f"{launch.replica}.log"),
-            grace_s=self.spec.grace_s,
+            grace_s=d.drain_s,
             engine_cpus=m.options.cpus,
             io_cpus=m.options.io_cpus,
         )

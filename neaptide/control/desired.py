@@ -29,7 +29,14 @@ def revision(name: str, model: ModelSettings, digest: str) -> Revision:
 
 
 def deployment(name: str, model: ModelSettings, digest: str) -> Deployment:
-    return Deployment(model=name, stable=revision(name, model, digest), scale=model.scale, slo=model.slo)
+    """A replica that leaves may take as long as any request of it may: the gateway ends those that take longer."""
+    return Deployment(
+        model=name,
+        stable=revision(name, model, digest),
+        scale=model.scale,
+        slo=model.slo,
+        drain_s=model.timeouts.total_s,
+    )
 
 
 def slow_part(

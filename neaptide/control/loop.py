@@ -29,10 +29,9 @@ class Loop:
         gauges: Callable[[], Sequence[Gauges]],
         told: Told,
         journal: DecisionJournal,
-        grace_s: float,
     ) -> None:
         self._drivers, self._deployments, self._gauges = drivers, deployments, gauges
-        self._told, self._journal, self._grace_s = told, journal, grace_s
+        self._told, self._journal = told, journal
         self._stillborn: list[Replica] = []
         self._nudge = asyncio.Event()
         self.carry = Carry()
@@ -82,7 +81,7 @@ class Loop:
                 failed.append(_stillborn(launch.replica, deployments[launch.deployment], e))
         for id in plan.drains:
             for driver in self._drivers:
-                await driver.drain(id, self._grace_s)
+                await driver.drain(id)
         return failed
 
     def rows(self) -> tuple[ReplicaRow, ...]:

@@ -19,8 +19,9 @@ class Driver(Protocol):
     async def launch(self, launch: Launch, deployment: Deployment) -> None:
         """Start a replica; one of that id that runs already is left alone. Returns once it is on its way."""
 
-    async def drain(self, id: str, grace_s: float) -> None:
-        """Let it finish and end; unknown ids are ignored. Returns at once."""
+    async def drain(self, id: str) -> None:
+        """Let it finish what runs, for as long as its deployment's `drain_s`, and end; unknown ids are ignored. Returns
+        at once."""
 
     async def forget(self, id: str) -> None:
         """Its death has been taken note of."""

@@ -27,6 +27,8 @@ from neaptide.types import Deployment, Launch, Replica, ReplicaState
 MODULE = "neaptide.engine.replica"
 PROBE_STARTING_S = 0.05
 PROBE_READY_S = 2.0
+DRAIN_S = 900.0  # of a replica that was launched without saying
+CUT_S = 5.0  # beyond it, for a replica to cut off what still runs
 SILENT_PROBES = 5  # then it is killed: alive by pid, dead to the world
 MakeSpec = Callable[[Launch, Deployment], ReplicaSpec]
 
@@ -112,12 +114,12 @@ class LocalDriver:
             epoch=spec.epoch,
             module=MODULE,
             document=msgspec.Raw(msgspec.json.encode(spec)),
-            opaque={"deployment": spec.model, "revision": spec.revision},
+            opaque={"deployment": spec.model, "revision": spec.revision, "drain_s": str(spec.grace_s)},
         )
         answer = await self._supervisor.call("spawn", child)
         self._watch(Watched(msgspec.json.decode(answer, type=ChildStatus)))
 
-    async def drain(self, id: str, grace_s: float) -> None:
+    async def drain(self, id: str) -> None:
         watched = self._watched.get(id)
         if watched is None or watched.state == "draining":
             return
@@ -125,7 +127,7 @@ class LocalDriver:
             del self._watched[id]
             return
         watched.state = "draining"
-        task = asyncio.create_task(self._stop(watched, grace_s))
+        task = asyncio.create_task(self._stop(watched))
         self._drains.add(task)
         task.add_done_callback(self._drains.discard)
 
@@ -199,7 +201,8 @@ class LocalDriver:
             body = {"id": w.id, "epoch": w.status.epoch, "kill": True}
             await self._supervisor.call("stop", body)
 
-    async def _stop(self, w: Watched, grace_s: float) -> None:
+    async def _stop(self, w: Watched) -> None:
+        grace_s = float(w.status.opaque.get("drain_s", DRAIN_S)) + CUT_S
         body = {"id": w.id, "epoch": w.status.epoch, "grace_s": grace_s}
         ended = await self._supervisor.call("stop", body, timeout_s=grace_s + 10)
         if ended == b"false":  # it had died before we asked

@@ -30,7 +30,7 @@ class StaticDriver:
     async def launch(self, launch: Launch, deployment: Deployment) -> None:
         """Nothing to start: it is somebody else's."""
 
-    async def drain(self, id: str, grace_s: float) -> None:
+    async def drain(self, id: str) -> None:
         """Nothing to stop; `configure` without it takes it out of the table."""
 
     async def forget(self, id: str) -> None:
