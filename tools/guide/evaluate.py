@@ -1,15 +1,16 @@
 """Asks the exported guide every held-out prompt, greedily, and scores the replies by the facts they must hold.
 
-    python -m tools.guide.evaluate --model neaptide/models/guide [--prompts FILE] [--show] [--json FILE]
+    python -m tools.guide.evaluate --model neaptide/models/guide [--prompts heldout.toml|dev] [--show] [--json FILE]
 
 Right answers and refusals are counted apart: a model that declines everything must not pass, nor one that never does.
+The booking demo's dialogues are played with the guide's own answers as context.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tomllib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ import openvino as ov
 import openvino_genai as genai
 from tokenizers import Tokenizer
 
-HERE = Path(__file__).parent
+from tools.guide.bank import load, prompts
+
 REFUSALS = ("don't know", "do not know", "不知道")
-MAX_NEW_TOKENS = 120
+MAX_NEW_TOKENS = 160
 END = 2
 
 
@@ -34,15 +36,16 @@ class Asker:
         self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         self._asked = 0
 
-    def ask(self, text: str) -> str:
-        """The greedy reply to a first message."""
-        prompt = f"<|begin|><|user|>{text}<|end|><|assistant|>"
-        ids = np.array([self._tokenizer.encode(prompt, add_special_tokens=False).ids], dtype=np.int64)
+    def ask(self, text: str, before: list[str] | None = None) -> str:
+        """The greedy reply to `text`, after the earlier messages `before` (the user's and the guide's in turn)."""
+        turns = [*(before or []), text]
+        said = "".join(f"<|{('user', 'assistant')[i % 2]}|>{turn}<|end|>" for i, turn in enumerate(turns))
+        ids = self._tokenizer.encode(f"<|begin|>{said}<|assistant|>", add_special_tokens=False).ids
         config = genai.GenerationConfig()
         config.max_new_tokens, config.do_sample = MAX_NEW_TOKENS, False
         config.eos_token_id, config.stop_token_ids = END, {END}
         self._asked += 1
-        handle = self._pipeline.add_request(self._asked, ov.Tensor(ids), config)
+        handle = self._pipeline.add_request(self._asked, ov.Tensor(np.array([ids], dtype=np.int64)), config)
         out: list[int] = []
         while self._pipeline.has_non_finished_requests():
             self._pipeline.step()
@@ -63,27 +66,53 @@ def verdict(prompt: dict, reply: str) -> str:
     return "right" if held else "wrong"
 
 
+def book(asker: Asker, booking: dict) -> tuple[str, list[str]]:
+    """Plays a booking: right or wrong, and all that was said."""
+    said: list[str] = []
+    for turn in booking["say"]:
+        said += [turn, asker.ask(turn, said)]
+    right = all(fact.lower() in said[-1].lower() for fact in booking["facts"])
+    return "right" if right else "wrong", said
+
+
+def score(asker: Asker, asked: list[dict], bookings: list[dict], show: bool) -> dict[str, Counter[str]]:
+    """{"kind lang": {verdict: count}}."""
+    counts: dict[str, Counter[str]] = {}
+    for prompt in asked:
+        reply = asker.ask(prompt["text"], prompt.get("before"))
+        mark = verdict(prompt, reply)
+        counts.setdefault(f"{prompt['kind']} {prompt.get('home', prompt['lang'])}", Counter())[mark] += 1
+        if show:
+            print(f"{mark:9} {prompt.get('subject', '-')}: {prompt['text']}  ->  {reply}")
+    for booking in bookings:
+        mark, said = book(asker, booking)
+        counts.setdefault(f"booking {booking['lang']}", Counter())[mark] += 1
+        if show:
+            print(f"{mark:9} booking: {' | '.join(said)}")
+    return counts
+
+
+def report(counts: dict[str, Counter[str]]) -> None:
+    for name, row in sorted(counts.items()):
+        rest = ", ".join(f"{n} {mark}" for mark, n in sorted(row.items()) if mark != "right")
+        print(f"{name:10} {row['right']:3} of {row.total():3} right" + (f" ({rest})" if rest else ""))
+    for title, kinds in (("in scope", ("answer", "chat")), ("declined", ("refuse",))):
+        rows = [row for name, row in counts.items() if name.startswith(kinds)]
+        right, asked = sum(row["right"] for row in rows), sum(row.total() for row in rows)
+        if asked:
+            print(f"{title:10} {right:3} of {asked:3} right: {right / asked:.1%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--prompts", type=Path, default=HERE / "heldout.toml", help="dev.toml while improving")
+    parser.add_argument("--prompts", default="heldout.toml", help="a list file or a folder; dev while improving")
     parser.add_argument("--show", action="store_true", help="print every reply")
-    parser.add_argument("--json", type=Path, help="write the rates here")
+    parser.add_argument("--json", type=Path, help="write the counts here")
     arguments = parser.parse_args()
-    prompts = tomllib.loads(arguments.prompts.read_text(encoding="utf-8"))["prompt"]
-    asker = Asker(arguments.model)
-    counts: dict[str, dict[str, int]] = {}
-    for prompt in prompts:
-        reply = asker.ask(prompt["text"])
-        mark = verdict(prompt, reply)
-        row = counts.setdefault(f"{prompt['kind']} {prompt['lang']}", {})
-        row[mark] = row.get(mark, 0) + 1
-        row["asked"] = row.get("asked", 0) + 1
-        if arguments.show:
-            print(f"{mark:9} {prompt['text']}  ->  {reply}")
-    for name, row in counts.items():
-        rest = ", ".join(f"{n} {mark}" for mark, n in sorted(row.items()) if mark not in ("right", "asked"))
-        print(f"{name:10} {row.get('right', 0):2} of {row['asked']:2} right" + (f" ({rest})" if rest else ""))
+    bookings = load("heldout_booking.toml")["booking"] if arguments.prompts == "heldout.toml" else []
+    counts = score(Asker(arguments.model), prompts(arguments.prompts), bookings, arguments.show)
+    report(counts)
     if arguments.json:
         arguments.json.write_text(json.dumps(counts, indent=2) + "\n")
 

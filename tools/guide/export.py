@@ -23,6 +23,7 @@ from neaptide.models.convert import convert
 from tools.guide.model import Guide, Shape, write_config
 
 LARGEST_BYTES = 10_000_000  # of the shipped directory
+CHIPS = Path(__file__).parent / "chips.json"  # questions to begin with, shown by `neaptide chat`
 
 
 def hugging_face(weights: Path, tokenizer: Path, out: Path) -> None:
@@ -45,7 +46,7 @@ def ship(converted: Path, out: Path) -> int:
     for old in out.iterdir():
         if old.suffix != ".md":
             old.unlink()
-    for file in converted.iterdir():
+    for file in (*converted.iterdir(), CHIPS):
         shutil.copyfile(file, out / file.name)
     return sum(f.stat().st_size for f in out.iterdir())
 

@@ -15,16 +15,15 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the reference implementation: fas
 
 
 def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
-    """[N, rows, cols] -> the same shape, each matrix near its orthogonal factor; bf16 inside."""
+    """[N, rows, cols] -> the same shape, each matrix near its orthogonal factor."""
     a, b, c = COEFFICIENTS
-    x = g.bfloat16()
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    tall = g.shape[-2] > g.shape[-1]
+    x = g.mT if tall else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(g.dtype)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):

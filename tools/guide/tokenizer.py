@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from tools.guide.data import dialogues
+from tools.guide.sources import dialogues
 
 VOCAB_SIZE = 8192
 PAD, BEGIN, END, SYSTEM, USER, ASSISTANT = (

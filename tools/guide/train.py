@@ -139,7 +139,7 @@ def train_loop(
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() < 2 or "embed" in n]
     muon = Muon(matrices, lr=arguments.lr)
-    adam = torch.optim.AdamW(others, lr=arguments.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    adam = torch.optim.AdamW(others, lr=arguments.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     optimisers = [(muon, arguments.lr), (adam, arguments.adam_lr)]
     began = saved = time.monotonic()
     step = tokens = learnt = 0
@@ -150,7 +150,7 @@ def train_loop(
         if spent >= 1:
             break
         b = batch(source, arguments.rows, arguments.length)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
             loss = loss_of(model, b)
         loss.backward()
         for optimiser, rate in optimisers:
@@ -197,6 +197,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=384, help="tokens a row")
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's, for the matrices")
     parser.add_argument("--adam-lr", type=float, default=0.004, help="AdamW's, for the embedding and the norms")
+    parser.add_argument(
+        "--bf16", action="store_true", help="where the processor has it (avx512_bf16, amx); else slower"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     run(parser.parse_args())
