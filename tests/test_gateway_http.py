@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from typing import Any
 
@@ -264,6 +265,27 @@ def test_a_kept_connection_may_change_its_mind_about_everything():
             await client.send(post(chat()))
             assert (await client.answer()).status == 401  # the table changed under a known head
             assert running.server.body_bytes == 0
+
+    run(main())
+
+
+def test_calls_with_one_head_have_their_own_ids_bodies_and_rows():
+    async def main() -> None:
+        async with serving(reply_json) as (running, (replica,)):
+            client = await running.connect()
+            trace = AUTH + b"traceparent: 00-%b-%b-01\r\nx-request-id: mine\r\n" % (b"a" * 32, b"b" * 16)
+            sizes, answers = (1, 30, 2, 30), []
+            for size in sizes:
+                await client.send(post(chat(user="u" * size), extra=trace))
+                answers.append((await client.answer()).headers)
+            rows = running.journal.rows
+            assert [len(a.json["user"]) for a in replica.asked] == list(sizes)
+            assert [r.prompt_bytes for r in rows] == [len(json.dumps(chat(user="u" * size))) for size in sizes]
+            assert [h["x-neaptide-request-id"] for h in answers] == [r.request_id for r in rows]
+            assert len({r.request_id for r in rows}) == len({a.headers["traceparent"] for a in replica.asked}) == 4
+            assert {r.client_id for r in rows} == {h["x-request-id"] for h in answers} == {"mine"}
+            assert {a.headers["traceparent"][3:35] for a in replica.asked} == {"a" * 32}
+            assert all(a.arrived_mono_s < b.arrived_mono_s for a, b in itertools.pairwise(rows))
 
     run(main())
 

@@ -17,7 +17,7 @@ from neaptide.gateway.queue import Line, too_long
 from neaptide.gateway.record import Timing
 from neaptide.gateway.repeat import learn, whole_chunks
 from neaptide.gateway.route import Target, choose
-from neaptide.gateway.sse import HideUsage, finish, usage
+from neaptide.gateway.sse import TAIL_BYTES, Counts, HideUsage, finish, of_answer, usage
 from neaptide.link import LoadReport
 from neaptide.observe.histogram import Histogram
 from neaptide.table import ReplicaRow
@@ -310,6 +310,7 @@ def test_a_head_is_known_again_whatever_the_length_of_its_body():
         HEAD % b"5" + b"hello!",
         HEAD % b"+5" + b"hello",
         HEAD % b" 5" + b"hello",
+        HEAD % b"05" + b"hello",
         HEAD % b"" + b"",
         HEAD % b"5\r\nContent-Length: 5" + b"hello",
         HEAD % b"5\r\nTransfer-Encoding: chunked" + b"hello",
@@ -349,6 +350,32 @@ def test_usage_and_finish_are_found_near_the_end():
     assert usage(b'"usage":{"prompt_tokens":"x"}') is None
     assert usage(b"") is None
     assert finish(b"") == ""
+
+
+ENDINGS = [
+    (b'{"choices":[{"finish_reason":"stop"}],"usage":{"prompt_tokens":5,"completion_tokens":6}}', (5, 0, 0, 6), "stop"),
+    (
+        b'{"usage":{"prompt_tokens":5,"completion_tokens":6,"prompt_tokens_details":{"cached_tokens":4},'
+        b'"completion_tokens_details":{"reasoning_tokens":2}},"choices":[{"finish_reason":null},{"finish_reason":"length"}]}',
+        (5, 4, 2, 6),
+        "length",
+    ),
+    (b'{"usage":{"prompt_tokens":-5,"completion_tokens":null},"choices":[]}', (0, 0, 0, 0), ""),
+    (b'{"usage":null,"choices":[{"finish_reason":"a_new_word"}]}', None, "a_new_word"),
+    (b'{"usage":{"prompt_tokens":"x"},"choices":[{"finish_reason":"stop"}]}', None, "stop"),
+    (b'{"error":{"message":"\\"usage\\":{\\"prompt_tokens\\":1}"}}', None, ""),
+    (b"not JSON", None, ""),
+    (b"", None, ""),
+]
+
+
+@pytest.mark.parametrize(("body", "counts", "word"), ENDINGS)
+def test_an_answer_means_the_same_decoded_or_searched(body: bytes, counts: tuple[int, int, int, int] | None, word: str):
+    wanted = (Counts(*counts) if counts is not None else None, word)
+    assert of_answer(body) == wanted
+    assert (usage(body), finish(body)) == wanted
+    if body.startswith(b"{"):
+        assert of_answer(b'{"long":"%b",%b' % (b"x" * TAIL_BYTES, body[1:])) == wanted
 
 
 HIDDEN = b'data: {"choices": [], "usage": {"prompt_tokens": 1}}'
