@@ -56,13 +56,16 @@ def test_a_chunk_is_whole_blocks_within_its_bounds(rate: float, tpot_s: float) -
     assert chunk / rate <= 2 * tpot_s or chunk == 32
 
 
-def test_a_calibration_survives_a_restart_and_a_broken_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("broken", [b"{", b'{"\xff": 1}'])
+def test_a_calibration_survives_a_restart_and_a_broken_file(
+    broken: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     cache = str(tmp_path / "cache")
     assert calibrate.recall(cache, "a") is None
     calibrate.keep(cache, "a", Calibration(1234.0))
     calibrate.keep(cache, "b", Calibration(5.0))
     assert calibrate.recall(cache, "a") == Calibration(1234.0)
-    (tmp_path / "cache" / calibrate.FILE).write_text("{")
+    (tmp_path / "cache" / calibrate.FILE).write_bytes(broken)
     assert calibrate.recall(cache, "a") is None
     assert "calibrating anew" in capfd.readouterr().err
 

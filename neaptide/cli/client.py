@@ -93,7 +93,7 @@ class Admin:
         raw = self.raw(method, path, body=body, query=query)
         try:
             return msgspec.json.decode(raw, type=kind)
-        except msgspec.MsgspecError as e:
+        except ValueError as e:
             raise _strange(self.endpoint, str(e)) from e
 
     def raw(self, method: str, path: str, *, body: bytes | None = None, query: dict[str, Any] | None = None) -> bytes:
@@ -114,7 +114,7 @@ def running(state: Path) -> UpFile:
         raise UnreachableError(
             f"nothing runs in {state}", why=f"{path} does not exist", fix=_up(state), code="E401"
         ) from None
-    except (OSError, msgspec.MsgspecError) as e:
+    except (OSError, ValueError) as e:
         raise UnreachableError(f"{path} cannot be read: {e}", fix=_up(state), code="E401") from e
 
 

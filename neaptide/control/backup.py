@@ -192,7 +192,7 @@ def _manifest(tar: tarfile.TarFile, archive: Path) -> Manifest:
         raise _damaged(archive, f"it does not begin with {MANIFEST}")
     try:
         manifest = msgspec.json.decode(_open(tar, first).read(), type=Manifest)
-    except msgspec.MsgspecError as e:
+    except ValueError as e:
         raise _damaged(archive, f"{MANIFEST}: {e}") from e
     if manifest.format != FORMAT:
         raise _damaged(archive, f"format {manifest.format}; this version reads format {FORMAT}")

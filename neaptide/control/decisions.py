@@ -72,6 +72,6 @@ def read(path: Path) -> list[Line]:
     """The lines of a decision journal; a torn last line is left out."""
     out = []
     for raw in path.read_bytes().splitlines():
-        with contextlib.suppress(msgspec.DecodeError):
+        with contextlib.suppress(ValueError):
             out.append(msgspec.json.decode(raw, type=Line))
     return out

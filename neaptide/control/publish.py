@@ -90,7 +90,7 @@ class Publisher:
             while data := await reader.read(1 << 16):
                 for item in frames.feed(data):
                     gateway = self._take(item.type, item.payload, gateway, writer)
-        except (ConnectionError, LinkError, msgspec.DecodeError):
+        except (ConnectionError, LinkError, ValueError):
             return  # a broken peer reconnects; a foreign one has no business here
         finally:
             if gateway is not None and self.gateways.get(gateway.id) is gateway:

@@ -74,7 +74,7 @@ def _read(cache_dir: str) -> dict[str, Calibration]:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Calibration])
     except FileNotFoundError:
         return {}
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         print(f"{path} is unreadable, calibrating anew: {error}", file=sys.stderr)
         return {}
 

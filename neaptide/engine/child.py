@@ -66,7 +66,7 @@ class _EngineEnd(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             messages = [self._decode(body) for body in self._reader.feed(data)]
-        except (ValueError, msgspec.DecodeError) as e:
+        except ValueError as e:
             self._listener.gone(f"it wrote what cannot be read: {e}")
             return
         if messages:

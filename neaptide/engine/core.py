@@ -136,7 +136,7 @@ def serve(spec: ReplicaSpec, sock: socket.socket) -> int:
         return 0
     except NeaptideError as error:
         return _fail(sock, error)
-    except msgspec.MsgspecError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return _fail(sock, ProcessError(f"the replica sent what the engine cannot read: {error}", code="E310"))
     except Exception as error:  # the library's RuntimeError, memory, or a mistake of ours: told, then the end
         traceback.print_exc()

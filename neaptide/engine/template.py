@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found: dict[str, Any] = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except msgspec.DecodeError as e:
+    except ValueError as e:
         raise ModelError(f"{path} is not a JSON object", why=str(e), fix="export the model again", code="E224") from e
     return found
 

@@ -193,7 +193,7 @@ class LocalDriver:
         """Take what it tells of itself; one that tells nothing keeps what it told last."""
         status, body = await get(path, "/about")
         if status == 200:
-            with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
+            with contextlib.suppress(ValueError):
                 w.about = msgspec.json.decode(body, type=About)
 
     async def _kill(self, w: Watched) -> None:
@@ -262,7 +262,7 @@ def last_error(path: Path, look_back: int = 16 << 10) -> str:
     except OSError:
         return ""
     for line in reversed(lines):
-        with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
+        with contextlib.suppress(ValueError):
             said = msgspec.json.decode(line, type=LogLine)
             if said.code and said.what:
                 return str(NeaptideError(said.what, why=said.why, fix=said.fix, code=said.code))

@@ -61,7 +61,7 @@ class Server:
                 call = asyncio.create_task(self._call(msgspec.json.decode(line, type=Message), writer))
                 self._calls.add(call)
                 call.add_done_callback(self._calls.discard)
-        except (ConnectionError, msgspec.DecodeError, ValueError):
+        except (ConnectionError, ValueError):
             return  # a broken peer; it reconnects
         finally:
             self._writers.discard(writer)

@@ -22,7 +22,7 @@ async def ask(link_path: Path, token: str, request_ids: Sequence[str], timeout_s
                 return await _answer(reader)
             finally:
                 writer.close()
-    except (OSError, TimeoutError, LinkError, msgspec.DecodeError):
+    except (OSError, TimeoutError, LinkError, ValueError):
         return {}
 
 

@@ -73,7 +73,7 @@ def decode(line: bytes) -> Begin | Usage:
             return _usage.decode(body[2:])
         if body[:2] == b"B ":
             return _begin.decode(body[2:])
-    except msgspec.DecodeError as e:
+    except ValueError as e:
         raise CorruptRecord(str(e)) from e
     raise CorruptRecord(f"the kind {body[:2]!r} is not known")
 

@@ -91,7 +91,7 @@ def _source_config(source: Path) -> dict[str, Any]:
         raise _no_source(f"{source} holds no *.safetensors", why="pickled weights can run code", fix=fix)
     try:
         config = msgspec.json.decode((source / "config.json").read_bytes(), type=dict[str, Any])
-    except msgspec.DecodeError as e:
+    except ValueError as e:
         raise _no_source(f"{source / 'config.json'} is not a JSON object", why=str(e), fix="copy it again") from e
     if "auto_map" in config:
         why = "its config.json has auto_map: loading it would run code from the checkpoint"

@@ -141,7 +141,7 @@ def _json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
         if default is None:
             raise _broken(path, "is missing", f"a model directory holds {', '.join(REQUIRED)}") from None
         return default
-    except msgspec.DecodeError as e:
+    except ValueError as e:
         raise _broken(path, "is not JSON", str(e)) from e
     except OSError as e:
         raise _broken(path, "cannot be read", str(e)) from e
