@@ -311,6 +311,8 @@ def test_refusals_are_openai_shaped_and_leave_rows_once_the_key_is_known():
                 assert set(answer.json["error"]) == {"message", "type", "param", "code"}
                 assert answer.headers["x-request-id"] == answer.headers["x-neaptide-request-id"]
                 assert (running.row.outcome, running.row.error, running.row.status) == ("refused", code, status)
+                body = request.partition(b"\r\n\r\n")[2]
+                assert running.row.prompt_bytes == (0 if status == 415 else len(body))  # refused by its head: not read
             assert len(running.journal.rows) == len(cases)
             answer = await running.ask(post(chat(), extra=b""))
             assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")

@@ -257,11 +257,12 @@ def test_it_starts_from_its_copy_and_survives_a_damaged_one():
         async with started(stored_for(replica)) as process:
             await process.ready()
             assert (await process.ask(post(chat()))).status == 200
-        with tempfile.TemporaryDirectory(prefix="np") as directory:
-            Path(directory, "table.json").write_text('{"fast": ')
-            process = Process(Path(directory))
-            assert (await process.ask(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")).status == 200
-            assert "cannot be used" in process.stop()
+        for damaged in (b'{"fast": ', b'{"fast": {"version": "\xff"}}'):
+            with tempfile.TemporaryDirectory(prefix="np") as directory:
+                Path(directory, "table.json").write_bytes(damaged)
+                process = Process(Path(directory))
+                assert (await process.ask(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")).status == 200
+                assert "cannot be used" in process.stop()
         await replica.stop()
 
     run(main(), uv=False)

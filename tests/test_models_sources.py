@@ -133,9 +133,10 @@ def test_a_config_that_cannot_be_served_names_its_key(tmp_path: Path, change: di
     assert error.value.code == "E202"
 
 
-def test_json_that_does_not_parse_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("broken", [b"{", b'{"a": "\xff"}'])
+def test_json_that_does_not_parse_is_named(broken: bytes, tmp_path: Path) -> None:
     path = model_directory(tmp_path / "m")
-    (path / "generation_config.json").write_text("{")
+    (path / "generation_config.json").write_bytes(broken)
     with pytest.raises(ModelError, match=r"generation_config\.json is not JSON"):
         directory.read(path)
 

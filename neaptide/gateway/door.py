@@ -189,7 +189,7 @@ class Door:
     def refuse(self, connection: Connection, call: Call, error: RequestError, now: float) -> None:
         """Answer a request that never became an exchange. One row where a key was known and the disk can take it:
         a flood without keys must cost neither disk nor memory."""
-        slug = error.slug or str(error.status)
+        slug, size = error.slug or str(error.status), call.size  # the answer lets go of the body
         self.metrics.refuse(slug)
         connection.refuse(call, error)
         if call.key is None or not call.route:
@@ -201,7 +201,7 @@ class Door:
             project=call.key.project,
             key=call.key.id,
             route=call.route,
-            prompt_bytes=call.size,
+            prompt_bytes=size,
             started_wall_s=call.wall_s,
             arrived_mono_s=call.arrived_s,
             duration_s=now - call.arrived_s,

@@ -32,7 +32,7 @@ def load_table(path: Path) -> Table | None:
         return msgspec.json.decode(path.read_bytes(), type=Table)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError) as e:
+    except (OSError, ValueError) as e:
         log.warning("the stored table %s cannot be used, waiting for control: %s", path, e)
         return None
 
@@ -101,7 +101,7 @@ class Follower:
             try:
                 await self._converse(reader, writer)
                 failures = 0
-            except (OSError, LinkError, msgspec.DecodeError, TimeoutError) as e:
+            except (OSError, LinkError, ValueError, TimeoutError) as e:
                 log.warning("the connection to control broke: %s", e or type(e).__name__)
                 failures += 1
             finally:

@@ -69,7 +69,7 @@ def of_answer(body: bytes) -> tuple[Counts | None, str]:
     if len(body) <= TAIL_BYTES:
         try:
             read = _decode_answer(body)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except ValueError:
             pass  # not an answer as OpenAI describes it: perhaps one of its parts is
         else:
             word = read.choices[-1].finish_reason or "" if read.choices else ""
@@ -86,7 +86,7 @@ def usage(tail: bytes) -> Counts | None:
         if found := _USAGE.match(tail, at):
             try:
                 return _counts(_decode_usage(found[1]))
-            except msgspec.DecodeError:
+            except ValueError:
                 return None
         at = tail.rfind(b'"usage"', 0, at)
     return None
@@ -156,7 +156,7 @@ class HideUsage:
             return False
         try:
             read = _decode_event(line[5:].strip())
-        except msgspec.DecodeError:
+        except ValueError:
             return False
         return not read.choices and bytes(read.usage).startswith(b"{")
 

@@ -301,7 +301,7 @@ class Wire(asyncio.Protocol):
                     return
                 frames = self._greet(frames)
             self._client.take(frames, now)
-        except (LinkError, msgspec.DecodeError) as e:
+        except (LinkError, ValueError) as e:
             log.warning("replica %s broke the link's protocol: %s", self._client.row.id, e)
             if not self.greeted.done():
                 self.greeted.set_exception(e if isinstance(e, LinkError) else LinkError(str(e)))
