@@ -7,7 +7,7 @@ MAKEFLAGS += --no-print-directory
 BIN := .venv/bin
 comma := ,
 # With a database to test against, its driver is needed too.
-TEST_EXTRAS := cpu,dev$(if $(NEAPTIDE_TEST_POSTGRES_URL),$(comma)postgres)
+TEST_EXTRAS := cpu,dev,simulate$(if $(NEAPTIDE_TEST_POSTGRES_URL),$(comma)postgres)
 TEST_STAMP := .venv/.installed-$(subst $(comma),-,$(TEST_EXTRAS))
 # ARGS="--port 8080" is passed on by `make up`, ARGS="-k journal" by `make test`.
 ARGS ?=
