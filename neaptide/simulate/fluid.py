@@ -1,0 +1,191 @@
+"""The fluid tier: work is a fluid, first in, first out; all policies, configurations and seeds go over the trace side
+by side, a lane each. docs/decisions/0020 has the world's definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neaptide.control.policy import Floats, Policy, Seen, State
+from neaptide.simulate.world import World
+
+DAY_S = 86400.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A policy in a run: its lanes see the arrivals of `seeds` (one index a lane, into the rows of the counts)."""
+
+    policy: Policy
+    seeds: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Days:
+    """What a run found, [days, lanes] of one entry."""
+
+    replica_s: Floats  # paid, from launch on
+    arrivals: Floats
+    late: Floats
+    launches: Floats
+    drains: Floats
+
+    def over(self, first: int, last: int) -> Totals:
+        """Both days inclusive, counted from the run's first day."""
+        days = slice(first, last + 1)
+        arrivals, late = self.arrivals[days].sum(0), self.late[days].sum(0)
+        return Totals(
+            replica_hours=self.replica_s[days].sum(0) / 3600,
+            attainment=1 - late / np.maximum(arrivals, 1e-9),
+            scale_events=self.launches[days].sum(0) + self.drains[days].sum(0),
+        )
+
+
+@dataclass(frozen=True)
+class Totals:
+    replica_hours: Floats
+    attainment: Floats  # the share of requests that were not late
+    scale_events: Floats  # replicas launched or drained
+
+
+class Lanes:
+    """The state of all lanes; arrays are changed in place, so that the policies' views stay valid."""
+
+    def __init__(self, world: World, capacity_rps: float, lanes: int) -> None:
+        self.world, self.slots = world, capacity_rps * world.service_s
+        self.ready, self.starting, self.queue, self.in_flight, self.arrivals = np.zeros((5, lanes))
+        self.arrived, self.started, self.counted = np.zeros((3, lanes))  # running totals of requests
+        self.late, self.launched, self.drained = np.zeros((3, lanes))  # of this tick
+        self.held = np.zeros((world.held_ticks - 1, lanes))  # what started in the ticks before and still runs
+        self.coming = np.zeros((world.cold_ticks + 1, lanes))  # launched, by the tick in which they are ready
+        self.at = 0
+
+    def work(self, arrivals: Floats) -> None:
+        """One tick: starting replicas become ready, work comes in and starts, the late are counted."""
+        self.at += 1
+        row = self.coming[self.at % len(self.coming)]
+        self.ready += row
+        self.starting -= row
+        row[:] = 0.0
+        self.arrivals[:] = arrivals
+        due = self.arrived + self.world.on_time_share * arrivals
+        self.arrived += arrivals
+        self.queue += arrivals
+        held = self.held.sum(axis=0)
+        begin = np.minimum(self.queue, np.maximum(self.slots * self.ready - held, 0.0))
+        self.queue -= begin
+        self.started += begin
+        np.maximum(due - np.maximum(self.started, self.counted), 0.0, out=self.late)
+        np.maximum(self.counted, due, out=self.counted)
+        np.add(held, begin, out=self.in_flight)
+        self.in_flight += self.queue
+        if len(self.held):
+            self.held[self.at % len(self.held)] = begin
+
+    def scale(self, part: slice, want: Floats) -> None:
+        """Launch or drain what the lanes of `part` lack or have too many of."""
+        change = want - self.ready[part] - self.starting[part]
+        if not change.any():
+            return
+        up = np.maximum(change, 0.0)
+        self.coming[self.at % len(self.coming), part] += up  # this row comes round again after the cold start
+        self.starting[part] += up
+        self.launched[part] += up
+        down = np.maximum(-change, 0.0)
+        if down.any():
+            self.drained[part] += down
+            cancelled = np.minimum(down, self.starting[part])
+            for lane in np.flatnonzero(cancelled):
+                self._cancel(part.start + int(lane), float(cancelled[lane]))
+            self.starting[part] -= cancelled
+            self.ready[part] -= down - cancelled
+
+    def _cancel(self, lane: int, number: float) -> None:
+        """Starting replicas go first, the youngest of them first."""
+        for back in range(len(self.coming)):
+            row = self.coming[(self.at - back) % len(self.coming)]
+            gone = min(number, row[lane])
+            row[lane] -= gone
+            number -= gone
+            if number <= 0:
+                return
+
+
+def run(
+    world: World,
+    capacity_rps: float,
+    counts: NDArray[np.float64],
+    entries: Sequence[Entry],
+    *,
+    start_s: float = 0.0,
+    watch: Callable[[int, Lanes], None] | None = None,
+) -> list[Days]:
+    """Every entry over `counts` [seeds, ticks]; days are counted from `start_s`. At first there are as many replicas as
+    the first ten minutes need. `watch(tick, lanes)` is called at each tick's end."""
+    slices, lane_seeds = _lanes(entries)
+    lanes = Lanes(world, capacity_rps, len(lane_seeds))
+    first = counts[:, : round(600 / world.tick_s)].mean(axis=1) / world.tick_s
+    lanes.ready[:] = np.ceil(first / capacity_rps)[lane_seeds]
+    steps = [_Step(e.policy, part, lanes, world, capacity_rps) for e, part in zip(entries, slices, strict=True)]
+    ticks = counts.shape[1]
+    per_day = round(DAY_S / world.tick_s)
+    sums = np.zeros((-(-ticks // per_day), 5, len(lane_seeds)))
+    by_tick = np.ascontiguousarray(counts.T[:, lane_seeds], dtype=np.float64)
+    for tick in range(ticks):
+        lanes.work(by_tick[tick])
+        day = sums[tick // per_day]
+        day[0] += lanes.ready
+        day[0] += lanes.starting
+        day[1] += lanes.arrivals
+        day[2] += lanes.late
+        lanes.launched[:] = lanes.drained[:] = 0.0
+        now_s = start_s + (tick + 1) * world.tick_s
+        for step in steps:
+            step.take(now_s)
+        day[3] += lanes.launched
+        day[4] += lanes.drained
+        if watch is not None:
+            watch(tick, lanes)
+    sums[:, 0] *= world.tick_s
+    return [Days(*(sums[:, i, part] for i in range(5))) for part in slices]
+
+
+class _Step:
+    """One policy's share of a tick."""
+
+    def __init__(self, policy: Policy, part: slice, lanes: Lanes, world: World, capacity_rps: float) -> None:
+        self._policy, self._part, self._lanes = policy, part, lanes
+        self._state: State = policy.start()
+        self._next_s = 0.0
+        self._seen = Seen(
+            now_s=0.0,
+            tick_s=world.tick_s,
+            arrivals=lanes.arrivals[part],
+            in_flight=lanes.in_flight[part],
+            waiting=lanes.queue[part],
+            ready=lanes.ready[part],
+            starting=lanes.starting[part],
+            capacity_rps=capacity_rps,
+            slots=lanes.slots,
+            cold_start_s=world.cold_start_s,
+        )
+
+    def take(self, now_s: float) -> None:
+        seen = self._seen
+        seen.now_s = now_s
+        self._policy.observe(seen, self._state)
+        if now_s >= self._next_s:
+            self._next_s = now_s + self._policy.every_s - 1e-9
+            self._lanes.scale(self._part, self._policy.want(seen, self._state))
+
+
+def _lanes(entries: Sequence[Entry]) -> tuple[list[slice], NDArray[np.int64]]:
+    slices, at = [], 0
+    for entry in entries:
+        slices.append(slice(at, at + len(entry.seeds)))
+        at += len(entry.seeds)
+    return slices, np.concatenate([e.seeds for e in entries])
