@@ -1,4 +1,4 @@
-"""The fluid world and its clairvoyant bound: by hand where numbers are small, else against brute force and at random."""
+"""The fluid world and its clairvoyant bound: by hand where numbers are small, else against brute force."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def test_a_launched_replica_is_paid_from_the_next_tick_and_ready_after_its_cold_
 
 def test_what_cannot_start_within_two_seconds_is_late_once() -> None:
     _, days = simulated([10.0] * 120 + [20.0] + [0.0] * 10, [1.0])
-    # Twenty arrive where ten can start. The first twelve are due by the tick's end, so two are late; the other eight are
-    # due, and start, in the next tick.
+    # Twenty arrive where ten can start. The first twelve are due by the tick's end, so two are late; the other eight
+    # are due, and start, in the next tick.
     assert days.late.sum() == pytest.approx(2.0)
     _, days = simulated([10.0] * 120 + [20.0, 20.0] + [0.0] * 10, [1.0])
     # In the second tick 32 are due and 20 have started; in the third 40 are due and 30 have, of which 32 were counted.
