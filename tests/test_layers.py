@@ -19,6 +19,7 @@ LAYERS = (
     ("cost", "observe"),
     ("engine", "fleet", "models"),
     ("gateway", "control"),
+    ("simulate",),
     ("assemble",),
     ("cli",),
 )

@@ -1,0 +1,6 @@
+"""Arrivals, a world and policies, walked through without a clock or a socket: what a scaling policy costs and reaches
+before it may decide live. Nothing here serves anybody; docs/decisions/0020 holds the nouns and the walk.
+
+    formats    a file → Rates or Requests        synthetic  the same without a file
+    arrivals   the two nouns                     counts     rates → requests a tick
+"""
