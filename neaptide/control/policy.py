@@ -46,13 +46,17 @@ class Policy(Protocol):
 
 
 def mean_window(state: State, name: str, seconds: float, tick_s: float) -> Floats:
-    """The mean of the last `seconds` noted under `name`; see `note`."""
-    ring = state[name]
-    ticks = max(1, min(len(ring), round(seconds / tick_s)))
-    at, seen = int(state[name + ".at"][0]), int(state[name + ".n"][0])
-    ticks = min(ticks, max(1, seen))
-    rows = [(at - 1 - i) % len(ring) for i in range(ticks)]
-    mean: Floats = ring[rows].mean(axis=0)
+    """The mean of the last `seconds` noted under `name`; see `note`. Slices, since a list of rows is copied."""
+    rows = state[name]
+    at, noted = int(state[name + ".at"][0]), int(state[name + ".n"][0])
+    ticks = max(1, min(len(rows), round(seconds / tick_s), noted))
+    if ticks == len(rows):
+        total = np.add.reduce(rows, axis=0)
+    elif ticks <= at:
+        total = np.add.reduce(rows[at - ticks : at], axis=0)
+    else:
+        total = np.add.reduce(rows[:at], axis=0) + np.add.reduce(rows[at - ticks :], axis=0)
+    mean: Floats = total / ticks
     return mean
 
 
