@@ -12,7 +12,7 @@ class Knative(Peer):
     """Knative Serving, `pkg/autoscaler/scaling/autoscaler.go`: requests in flight.
 
     Over the stable window (60 s) and the panic window (6 s): ceil(mean / target), kept within [floor(ready / 2),
-    ceil(1000 ready)], ready at least 1. Panic begins when the panic window's unbounded count / ready >= 2 and ends when
+    1000 ready], ready at least 1. Panic begins when the panic window's unbounded count / ready >= 2 and ends when
     that was last so more than 60 s ago; in it the count is the highest of either window since it began. It starts in
     panic where more than 1 is ready. To 0 after 30 s more at 0 (scale-to-zero-grace-period); from 0 with any request.
     Every 2 s, or at every tick of a slower world, whose panic window then is a whole number of ticks, at least one.
@@ -41,7 +41,7 @@ class Knative(Peer):
         stable = whole(mean_window(state, "load", self.stable_s, seen.tick_s) / target)
         burst = whole(mean_window(state, "load", self.panic_s, seen.tick_s) / target)
         np.copyto(state["panic_s"], seen.now_s, where=burst >= self.panic_ratio * ready)
-        least, most = np.floor(ready / self.down_rate), np.ceil(self.up_rate * ready)
+        least, most = np.floor(ready / self.down_rate), self.up_rate * ready
         stable = np.minimum(np.maximum(stable, least), most)
         burst = np.minimum(np.maximum(burst, stable), most)
         panic = seen.now_s - state["panic_s"] <= self.stable_s + ROUNDING
