@@ -101,6 +101,14 @@ class Rates:
         """The days in which a window begins."""
         return range(int(self.start_s // DAY_S), int((self.end_s - self.window_s) // DAY_S) + 1)
 
+    def span(self, first_day: int, last_day: int) -> tuple[float, float]:
+        """(from_s, to_s) of these days, both inclusive, as far as the trace goes: a log begins and ends within a day.
+        ConfigError E124 where it has none of them."""
+        from_s, to_s = max(first_day * DAY_S, self.start_s), min((last_day + 1) * DAY_S, self.end_s)
+        if from_s >= to_s:
+            raise no_such_days(self, f"nothing in days {first_day} to {last_day}")
+        return from_s, to_s
+
     def at(self, t_s: Floats) -> Floats:
         """Requests/s at these times: linear between the windows' centres, level before the first and after the last."""
         centres = self.start_s + (np.arange(len(self.rates)) + 0.5) * self.window_s

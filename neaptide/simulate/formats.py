@@ -135,7 +135,7 @@ def _text(path: Path, series: str | None) -> Rates | Requests:
 
 def _csv(path: Path, first: bytes, series: str | None) -> Rates | Requests:
     try:
-        header = tuple(name.strip() for name in logs.cells(first.removeprefix(b"\xef\xbb\xbf")))
+        header = tuple(name.strip() for name in logs.cells(first))
     except UNREADABLE:
         header = ()
     if tables.shape(header) is None or len(set(header)) < len(header):
@@ -169,11 +169,13 @@ def _document(path: Path, series: str | None) -> Requests:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Those that are not blank."""
+    """Those that are not blank, without a byte order mark."""
     with _opened(path) as file:
-        while line := file.readline(LONGEST_LINE):
+        line = file.readline(LONGEST_LINE).removeprefix(b"\xef\xbb\xbf")
+        while line:
             if not line.isspace():
                 yield line
+            line = file.readline(LONGEST_LINE)
 
 
 def _opened(path: Path) -> gzip.GzipFile | BufferedReader:

@@ -27,9 +27,11 @@ from neaptide.simulate.columns import LABELS, NUMBERS, Format, Row
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 
+# Possessive quantifiers: a line of quotes and backslashes takes no longer than others.
+_REST = rb'[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _ACCESS = re.compile(
-    rb"\S+ \S+ .*?\[(\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4})\] "
-    rb'"([^"]*)" \d{3} (?:\d+|-)(?: "[^"]*" "[^"]*"(.*))?'
+    rb"\S+ \S+ [^\[]*+\[(\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4})\] "
+    rb'"(?:[A-Z]++ ([^\s?"\\]*+))?%b \d{3} (?:\d++|-)(?: "%b "%b(.*))?\s*' % (_REST, _REST, _REST)
 )
 _REQUEST_TIME = re.compile(rb'(?:^|[\s"=])(\d+\.\d{3})(?=$|[\s"])')
 _MONTHS = {m: i for i, m in enumerate(b"Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(), 1)}
@@ -78,7 +80,7 @@ def recognise(line: bytes) -> Format | None:
     """The format of a log by one of its lines; None for a line of none."""
     if line.lstrip().startswith(b"{"):
         return _of_object(line)
-    return Format("nginx access log", ("t_s", "model"), access, wall=True) if _ACCESS.fullmatch(line.strip()) else None
+    return Format("nginx access log", ("t_s", "model"), access, wall=True) if _ACCESS.fullmatch(line) else None
 
 
 def _of_object(line: bytes) -> Format | None:
@@ -99,14 +101,12 @@ def _of_object(line: bytes) -> Format | None:
 
 
 def access(line: bytes) -> Row:
-    found = _ACCESS.fullmatch(line.strip())
+    found = _ACCESS.fullmatch(line)
     if not found:
         raise ValueError("not nginx's combined format")
-    stamp, request, rest = found.groups()
+    stamp, path, rest = found.groups()
     took = _REQUEST_TIME.search(rest) if rest else None
-    parts = request.split(b" ", 2)
-    path = parts[1].split(b"?", 1)[0] if len(parts) > 1 else b""
-    return _wall_of(stamp) - (float(took[1]) if took else 0.0), path
+    return _wall_of(stamp) - (float(took[1]) if took else 0.0), path or b""
 
 
 @functools.lru_cache(maxsize=16)
@@ -160,14 +160,15 @@ def table(header: list[str]) -> Format:
     """The rows of a CSV with these columns; those it does not know are passed over."""
     names = [name.strip() for name in header]
     known = tuple(name for name in (*NUMBERS, *LABELS) if name in names)
-    places = [names.index(name) for name in known]
-    readers: list[Callable[[str], float | str]] = [_number if name in NUMBERS else str for name in known]
+    readers: list[tuple[Callable[[str], float | str], int]] = [
+        (_number if name in NUMBERS else str, names.index(name)) for name in known
+    ]
 
     def parse(line: bytes) -> Row:
         fields = cells(line)
         if len(fields) != len(names):
             raise ValueError(f"{len(fields)} fields, {len(names)} in the first line")
-        return tuple(read(fields[place]) for read, place in zip(readers, places, strict=True))
+        return tuple([read(fields[place]) for read, place in readers])
 
     return Format("CSV", known, parse)
 

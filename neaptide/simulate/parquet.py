@@ -45,5 +45,5 @@ def read_parquet(path: Path, wanted: Collection[str]) -> tuple[tuple[str, ...], 
                 raise too_many(path)
             table = file.read(columns=[n for n in names if n in wanted])
         return names, {n: column(n, table[n]) for n in table.column_names}
-    except (OSError, pa.ArrowException) as e:
+    except (OSError, KeyError, pa.ArrowException) as e:
         raise ConfigError(f"{path} is not a sound Parquet file", why=str(e), code="E120", fix="copy it again") from e

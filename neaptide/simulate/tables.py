@@ -30,6 +30,7 @@ MOST = {"t_s": 1e11, "t_ms": 1e14, "rate_rps": 1e9, "cv": 1e9, "in_tok": 1e12, "
 WHOLE = ("in_tok", "out_tok")
 SERVEGEN_WINDOW_S = 600.0
 HOLE_SHARE = 0.02  # of the series' median: a window below it was not collected
+MOST_WINDOWS = 5_000_000
 MOST_CELLS = 20_000_000  # of clients x windows, 160 MB; beyond it only the sum is kept
 _CLIENT_RATES = {"model", "client", "t_s", "rate_rps", "cv", "dist", "p1", "p2"}
 
@@ -82,7 +83,7 @@ def sound(columns: Columns, path: Path, tally: Tally) -> Columns:
 
 
 def row_count(columns: Columns) -> int:
-    first = next(iter(columns.values()))
+    first = next(iter(columns.values()), np.zeros(0))
     if isinstance(first, Labels):
         return len(first.codes)
     return len(first.starts) - 1 if isinstance(first, Lists) else len(first)
@@ -192,6 +193,8 @@ def rates(columns: Columns, source: Source, series: str | None, collected: bool)
         raise ConfigError(f"{source.path}: t_s is not in steps of {window_s:g} s", code="E121", fix="one row a window")
     clients = label(columns, "client") if "client" in columns else Labels(("",), np.zeros(len(t_s), dtype=np.int64))
     windows = int(window.max()) + 1
+    if windows > MOST_WINDOWS:
+        raise ConfigError(f"{source.path}: {windows:,} windows of {window_s:g} s", code="E121", fix="use longer ones")
     _check_once(source, clients.codes * windows + window)
     total = np.bincount(window, weights=rps, minlength=windows).astype(np.float64)
     holes = total < HOLE_SHARE * np.median(total) if collected else np.zeros(windows, dtype=bool)
