@@ -100,12 +100,13 @@ class Keda(Stabilised):
 class Aibrix(Stabilised):
     """AIBrix APA, `podautoscaler/algorithm/apa.go`: requests in flight a pod.
 
-    v = the mean over 180 s of the load a pod; n = pods. v / target > 1.1: min(ceil(n v / target), ceil(2 n));
+    v = the load of the last 180 s a pod; n = pods. v / target > 1.1: min(ceil(n v / target), ceil(2 n));
     v / target < 0.9: max(ceil(n v / target), floor(n / 2)); else n. Every 10 s; scale-up cooldown 0; down to the
     highest proposal of 300 s. Never 0: ScaleToZero is off by default.
 
-    A pod that starts counts in n and as one without load in v. The code leaves pods that do not answer out of v but not
-    out of n, which multiplies n every 10 s for as long as they start; this is the kinder reading.
+    v is the window's mean load over the pods of now, those that start included. The code takes the mean of each
+    sample's mean over the pods that answered then and multiplies it by the pods of now: with a cold start of minutes
+    that multiplies n every 10 s. This is the kinder reading.
     """
 
     name = "aibrix"
@@ -114,14 +115,13 @@ class Aibrix(Stabilised):
     window_s = 180.0
 
     def observe(self, seen: Seen, state: State) -> None:
-        pods = np.maximum(seen.ready + seen.starting, 1.0)
-        remember(state, "load", self.window_s, seen.tick_s, seen.in_flight / pods)
+        remember(state, "load", self.window_s, seen.tick_s, seen.in_flight)
 
     def want(self, seen: Seen, state: State) -> Floats:
-        ratio = mean_window(state, "load", self.window_s, seen.tick_s) / (self.u * seen.slots)
         current = seen.ready + seen.starting
-        fit = whole(current * ratio)
-        up = np.where(ratio > 1 + TOLERANCE + ROUNDING, np.minimum(fit, 2.0 * current), current)
-        low = ratio < 1 - TOLERANCE - ROUNDING
+        need = mean_window(state, "load", self.window_s, seen.tick_s) / (self.u * seen.slots)
+        fit = whole(need)
+        up = np.where(need > (1 + TOLERANCE + ROUNDING) * current, np.minimum(fit, 2.0 * current), current)
+        low = need < (1 - TOLERANCE - ROUNDING) * current
         proposal = np.where(low, np.maximum(fit, np.floor(current / 2)), up)
         return self.bounded(self.stabilised(state, proposal, current))
