@@ -135,7 +135,8 @@ class Requests:
 
     def rates(self, window_s: float | None = None, series: str = "") -> Rates:
         """The same in windows: of 10 minutes, or of one for a trace of less than a day. D is measured as the variance
-        over the mean of 5-second counts within each window, weighted by its rate; that is what `counts` puts in."""
+        over the mean of 5-second counts within each window, weighted by its rate, since that is what `counts` puts in.
+        What wanders from window to window is in the rates. An empty trace has one empty window."""
         first, last = (float(self.t_s[0]), float(self.t_s[-1])) if len(self.t_s) else (0.0, 0.0)
         window_s = window_s or (600.0 if last - first >= DAY_S else 60.0)
         start_s = first // window_s * window_s
