@@ -203,6 +203,13 @@ def test_knative_that_starts_over_several_replicas_keeps_them_for_a_minute() -> 
     assert Stage(Knative(0.7), ready=8).first(120, wanted=4, load=7) == 70
 
 
+def test_knative_in_panic_serves_the_longer_window_too() -> None:
+    stage = Stage(Knative(0.7), ready=10)
+    stage.last(120, load=100)
+    stage.ready[:] = 2
+    assert stage.last(5, load=40) == 14  # panic for 6 of 2; the minute's mean is 95
+
+
 def test_knative_just_short_of_twice_what_is_ready_does_not_panic() -> None:
     stage = Stage(Knative(0.7), ready=1)
     stage.last(60, load=7)
@@ -252,6 +259,11 @@ def test_ray_goes_to_zero_only_from_one_and_back_at_once() -> None:
 
 def test_ray_changes_nothing_while_what_it_launched_starts() -> None:
     assert Stage(Ray(0.4), ready=0, starting=2).last(300, load=400) == 2
+    stage = Stage(Ray(0.4), ready=5)
+    stage.last(60, load=20)
+    assert stage.last(30, load=40) == 5  # one more decision would do
+    stage.ready[:] = 0
+    assert stage.last(60, load=40) == 5
 
 
 # AIBrix: .8 of 10 slots are a target of 8
@@ -322,32 +334,6 @@ def test_dynamo_changes_only_every_three_minutes() -> None:
 
 def test_dynamo_keeps_one_replica_without_requests() -> None:
     assert Stage(Dynamo(1.0, min_replicas=0), ready=7).last(400) == 1
-
-
-def kalman_by_the_book(counts: Sequence[float]) -> list[float]:
-    """Level and trend with matrices, as filterpy computes them; the forecast after each count."""
-    f, h = np.array([[1.0, 1.0], [0.0, 1.0]]), np.array([[1.0, 0.0]])
-    q, r, p = np.diag([1.0, 0.1]), np.array([[10.0]]), np.eye(2) * 1000.0
-    x = np.array([[counts[0]], [0.0]])
-    ahead = []
-    for i, count in enumerate(counts):
-        if i:
-            gain = p @ h.T @ np.linalg.inv(h @ p @ h.T + r)
-            x = x + gain @ (np.array([[count]]) - h @ x)
-            rest = np.eye(2) - gain @ h
-            p = rest @ p @ rest.T + gain @ r @ gain.T
-        x, p = f @ x, f @ p @ f.T + q
-        ahead.append(float(x[0, 0]))
-    return ahead
-
-
-def test_dynamo_kalman_predicts_what_the_matrices_do() -> None:
-    counts = [180.0, 360.0, 900.0, 720.0, 1800.0, 1710.0]
-    policy = DynamoKalman([1.0, 1.0])
-    state = policy.start()
-    found = [policy.predict(np.array([count, 3 * count]), state) for count in counts]
-    assert np.allclose([lane[0] for lane in found], kalman_by_the_book(counts))
-    assert np.allclose([lane[1] for lane in found], kalman_by_the_book([3 * count for count in counts]))
 
 
 def test_dynamo_kalman_follows_a_trend_beyond_the_last_value() -> None:

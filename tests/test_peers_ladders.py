@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil, floor
 from typing import Protocol
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from neaptide.control.peers import PEERS
+from neaptide.control.peers.engines import DynamoKalman
 from neaptide.control.policy import Seen
 
 SLOTS, CAPACITY_RPS, TICK_S, COLD_TICKS = 10.0, 1.0, 5.0, 12
@@ -269,3 +271,29 @@ def test_a_lane_says_what_the_ladder_says_for_three_hours(name: str, seed: int) 
             coming[back], change = coming[back] - gone, change + gone
         ready += min(change, 0)
     assert len(set(wanted)) > 5, "the trace moves nothing, so it shows nothing"
+
+
+def kalman_by_the_book(counts: Sequence[float]) -> list[float]:
+    """Level and trend with matrices, as filterpy computes them; the forecast after each count."""
+    f, h = np.array([[1.0, 1.0], [0.0, 1.0]]), np.array([[1.0, 0.0]])
+    q, r, p = np.diag([1.0, 0.1]), np.array([[10.0]]), np.eye(2) * 1000.0
+    x = np.array([[counts[0]], [0.0]])
+    ahead = []
+    for i, count in enumerate(counts):
+        if i:
+            gain = p @ h.T @ np.linalg.inv(h @ p @ h.T + r)
+            x = x + gain @ (np.array([[count]]) - h @ x)
+            rest = np.eye(2) - gain @ h
+            p = rest @ p @ rest.T + gain @ r @ gain.T
+        x, p = f @ x, f @ p @ f.T + q
+        ahead.append(float(x[0, 0]))
+    return ahead
+
+
+def test_dynamo_kalman_predicts_what_the_matrices_do() -> None:
+    counts = [180.0, 360.0, 900.0, 720.0, 1800.0, 1710.0]
+    policy = DynamoKalman([1.0, 1.0])
+    state = policy.start()
+    found = [policy.predict(np.array([count, 3 * count]), state) for count in counts]
+    assert np.allclose([lane[0] for lane in found], kalman_by_the_book(counts))
+    assert np.allclose([lane[1] for lane in found], kalman_by_the_book([3 * count for count in counts]))

@@ -51,8 +51,8 @@ def mean_window(state: State, name: str, seconds: float, tick_s: float) -> Float
     at, noted = int(state[name + ".at"][0]), int(state[name + ".n"][0])
     ticks = max(1, min(len(rows), round(seconds / tick_s), noted))
     if ticks == 1:
-        return rows[at - 1].copy()
-    if ticks == len(rows):
+        total = rows[at - 1]
+    elif ticks == len(rows):
         total = np.add.reduce(rows, axis=0)
     elif ticks <= at:
         total = np.add.reduce(rows[at - ticks : at], axis=0)
