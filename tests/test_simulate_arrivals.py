@@ -183,6 +183,19 @@ def test_a_mooncake_trace_keeps_each_request_s_prefix_blocks(tmp_path: Path) -> 
     assert (found.prefixes.values.tolist(), found.prefixes.starts.tolist()) == ([0, 0, 5], [0, 1, 3])
 
 
+def test_nulls_in_parquet_are_bad_rows_or_names_that_are_empty(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="the extra `simulate` is not installed")
+    pq = pytest.importorskip("pyarrow.parquet")
+    rows = {"t_s": [None, *range(199)], "model": [None] * 200, "in_tok": [5] * 200}
+    kinds = pa.schema([("t_s", pa.int32()), ("model", pa.string()), ("in_tok", pa.int8())])
+    pq.write_table(pa.table(rows, schema=kinds), tmp_path / "n.parquet")
+    found = requests(tmp_path / "n.parquet")
+    assert found.model is not None
+    assert (len(found.t_s), found.source.bad, found.model.names) == (199, 1, ("",))
+    pq.write_table(pa.table({"t_ms": [1], "hash_ids": [[1, None]]}), tmp_path / "l.parquet")
+    assert error(tmp_path / "l.parquet").code == "E121"
+
+
 def test_parquet_without_pyarrow_names_what_to_install(write: Write) -> None:
     path = write("x.parquet", "PAR1 and more")
     program = "import sys; sys.modules['pyarrow'] = None\nfrom neaptide.simulate.formats import read\nread(sys.argv[1])"

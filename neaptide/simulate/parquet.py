@@ -35,7 +35,10 @@ def read_parquet(path: Path, wanted: Collection[str]) -> tuple[tuple[str, ...], 
         if pa.types.is_list(kind) and pa.types.is_integer(kind.value_type):
             lists = values.fill_null([]).combine_chunks()
             starts = np.concatenate(([0], np.cumsum(lists.value_lengths().to_numpy()))).astype(np.int64)
-            return Lists(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64), starts)
+            inner = lists.flatten()
+            if inner.null_count:
+                raise ConfigError(f"{path}: a list in column {name} has a null", code="E121", fix="leave it out")
+            return Lists(inner.to_numpy().astype(np.int64), starts)
         raise ConfigError(f"{path}: column {name} is of type {kind}", code="E121", fix="write numbers or text")
 
     try:
@@ -45,5 +48,5 @@ def read_parquet(path: Path, wanted: Collection[str]) -> tuple[tuple[str, ...], 
                 raise too_many(path)
             table = file.read(columns=[n for n in names if n in wanted])
         return names, {n: column(n, table[n]) for n in table.column_names}
-    except (OSError, KeyError, pa.ArrowException) as e:
+    except (OSError, KeyError, ValueError, pa.ArrowException) as e:
         raise ConfigError(f"{path} is not a sound Parquet file", why=str(e), code="E120", fix="copy it again") from e
