@@ -210,6 +210,11 @@ def test_knative_in_panic_serves_the_longer_window_too() -> None:
     assert stage.last(5, load=40) == 14  # panic for 6 of 2; the minute's mean is 95
 
 
+def test_knative_at_most_multiplies_what_is_ready_by_a_thousand() -> None:
+    assert Stage(Knative(0.7, max_replicas=5000), ready=1).last(60, load=7 * 3000) == 1000
+    assert Stage(Knative(0.7, max_replicas=5000), ready=4).last(60, load=7 * 3000) == 3000
+
+
 def test_knative_just_short_of_twice_what_is_ready_does_not_panic() -> None:
     stage = Stage(Knative(0.7), ready=1)
     stage.last(60, load=7)

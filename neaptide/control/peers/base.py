@@ -73,7 +73,8 @@ def is_first(state: State, name: str) -> bool:
     return name not in state or not state[name + ".n"][0]
 
 
-def wanted_for(held_s: Floats, up: Mask, down: Mask, step_s: float) -> Floats:
-    """How long more replicas (over 0) or fewer (under 0) were wanted without a break, this decision's step included."""
-    longer = np.where(up, np.maximum(held_s, 0.0) + step_s, 0.0)
-    return np.where(down, np.minimum(held_s, 0.0) - step_s, longer)
+def wanted_for(held_s: Floats, change: Floats, step_s: float) -> Floats:
+    """How long a change up (over 0) or down (under 0) was wanted without a break, this decision's step included."""
+    way = np.sign(change)
+    longer: Floats = held_s * (held_s * way > 0) + way * step_s
+    return longer

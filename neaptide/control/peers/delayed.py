@@ -45,12 +45,13 @@ class Ray(Delayed):
         desired = self.bounded(whole(load / (self.u * seen.slots)))
         if self.low < 1:
             desired = np.maximum(desired, target > 1)
-        runs = seen.ready > 0
-        longer = wanted_for(held, desired > target, desired < target, max(seen.tick_s, self.every_s))
+        longer = wanted_for(held, desired - target, max(seen.tick_s, self.every_s))
         act = (longer > self.up_delay_s + ROUNDING) | (longer < -self.down_delay_s - ROUNDING)
-        np.copyto(held, np.where(act, 0.0, longer), where=runs)
-        np.copyto(target, desired, where=act & runs)
-        np.maximum(target, ~runs & (load > 0), out=target)
+        if not (runs := seen.ready > 0).all():
+            longer, act = np.where(runs, longer, held), act & runs
+            np.maximum(target, ~runs & (load > 0), out=target)
+        held[:] = np.where(act, 0.0, longer)
+        np.copyto(target, desired, where=act)
         return target.copy()
 
 
@@ -75,7 +76,7 @@ class Sky(Delayed):
         ring = state["arrivals"]
         rate = np.add.reduce(ring, axis=0) / (len(ring) * seen.tick_s)
         desired = self.bounded(whole(rate / (self.u * seen.capacity_rps)))
-        longer = wanted_for(held, desired > target, desired < target, self.every_s)
+        longer = wanted_for(held, desired - target, self.every_s)
         act = (longer >= self.up_delay_s - ROUNDING) | (longer <= -self.down_delay_s + ROUNDING)
         act |= target == 0
         held[:] = np.where(act, 0.0, longer)

@@ -41,12 +41,13 @@ class Knative(Peer):
         stable = whole(mean_window(state, "load", self.stable_s, seen.tick_s) / target)
         burst = whole(mean_window(state, "load", self.panic_s, seen.tick_s) / target)
         np.copyto(state["panic_s"], seen.now_s, where=burst >= self.panic_ratio * ready)
-        least, most = np.floor(ready / self.down_rate), self.up_rate * ready
-        stable = np.minimum(np.maximum(stable, least), most)
-        burst = np.minimum(np.maximum(burst, stable), most)
-        panic = seen.now_s - state["panic_s"] <= self.stable_s + ROUNDING
-        state["panic_count"][:] = np.where(panic, np.maximum(state["panic_count"], burst), 0.0)
-        count = self.bounded(np.where(panic, state["panic_count"], stable))
+        if self.high > self.up_rate:  # or else what 1 ready replica may grow to is over the bound anyhow
+            stable, burst = np.minimum(stable, self.up_rate * ready), np.minimum(burst, self.up_rate * ready)
+        stable = np.maximum(stable, np.floor(ready / self.down_rate))
+        highest = np.maximum(state["panic_count"], burst, out=state["panic_count"])
+        np.maximum(highest, stable, out=highest)
+        highest *= state["panic_s"] >= seen.now_s - self.stable_s - ROUNDING
+        count = self.bounded(np.maximum(highest, stable))
         return count if self.low > 0 else self._graced(count, seen, state)
 
     def _begin(self, seen: Seen, state: State) -> None:
