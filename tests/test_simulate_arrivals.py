@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -369,6 +370,18 @@ def test_a_request_log_of_litellm_is_read_in_its_shapes(write: Write, whole: boo
     assert [found.model.names[c] for c in found.model.codes] == ["gpt-4o", "llama", ""]
 
 
+def test_a_time_without_an_offset_is_utc_wherever_it_is_read(write: Write) -> None:
+    path = write("litellm.jsonl", '{"startTime": "2026-05-01 00:00:09.5", "model": "m"}\n')
+    program = (
+        "import sys\nfrom neaptide.simulate.formats import read\nr = read(sys.argv[1])\nprint(r.origin_s, r.t_s[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], env={**os.environ, "TZ": "JST-9"}, capture_output=True, text=True,
+        timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [str(MIDNIGHT), "9.5"]
+
+
 # --------------------------------------------------------------------------------------------------- bad files
 
 
@@ -525,7 +538,7 @@ def test_another_day_s_rates_do_not_change_a_day_s_counts() -> None:
     assert (counts(one, 5.0, 1, 2 * 86400) == counts(other, 5.0, 1, 2 * 86400)).all()
 
 
-@pytest.mark.parametrize("dispersion", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("dispersion", [0.5, 1.0, 3.0, 1000.0])
 @pytest.mark.parametrize("rps", [0.2, 40.0])
 def test_counts_have_the_rate_s_mean_and_the_trace_s_dispersion(rps: float, dispersion: float) -> None:
     # Given m and D, when many days are drawn, then mean and variance are the formula's, within five standard errors:
