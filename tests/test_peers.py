@@ -208,6 +208,7 @@ def test_knative_in_panic_serves_the_longer_window_too() -> None:
     stage.last(120, load=100)
     stage.ready[:] = 2
     assert stage.last(5, load=40) == 14  # panic for 6 of 2; the minute's mean is 95
+    assert stage.last(30, load=40) == 14  # though the minute's mean falls
 
 
 def test_knative_at_most_multiplies_what_is_ready_by_a_thousand() -> None:
