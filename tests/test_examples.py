@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.conftest import Service
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-SCRIPTS = sorted(p.name for p in EXAMPLES.iterdir() if p.suffix in (".py", ".sh"))
+SCRIPTS = sorted(p.name for p in EXAMPLES.iterdir() if p.suffix in (".py", ".sh") and p.name != "guide.py")
 CONFIGS = sorted((EXAMPLES / "config").glob("*.yaml"))
 SAID = {
     "openai_sdk.py": ["served: echo", "What is time to first token?", "tokens in"],
@@ -44,6 +45,15 @@ def test_an_example_runs_against_a_live_service(script: str, echo_service: Servi
     assert [part for part in SAID[script] if part not in said] == [], said
 
 
+def test_the_guide_s_example_answers_every_suggestion(serve: Callable[..., Service]) -> None:
+    pytest.importorskip("openvino_genai", reason="the extra `cpu` is not installed")
+    said = run("guide.py", serve("models: {guide: {}}\n"))
+    assert "demo model" in said
+    answers = said.strip().split("\n\n")[1:]
+    assert len(answers) == 12
+    assert [a for a in answers if len(a.splitlines()) < 2 or "don't know" in a or "不知道" in a] == [], said
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.name)
 def test_an_example_configuration_is_accepted(config: Path, tmp_path: Path) -> None:
     # Secrets come from the environment; a file takes its place here.
@@ -56,7 +66,7 @@ def test_an_example_configuration_is_accepted(config: Path, tmp_path: Path) -> N
 
 def test_every_example_is_in_the_readme_and_its_commands_exist() -> None:
     readme = (EXAMPLES / "README.md").read_text()
-    assert [name for name in SCRIPTS if f"`{name}`" not in readme] == []
+    assert [name for name in (*SCRIPTS, "guide.py") if f"`{name}`" not in readme] == []
     assert [c.name for c in CONFIGS if f"`config/{c.name}`" not in readme] == []
     texts = [readme, *(c.read_text() for c in CONFIGS)]
     assert [c for text in texts for line in lines(text) if (c := complaint(line))] == []
