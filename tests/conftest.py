@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,26 @@ def neaptide(*args: str, check: bool = True, cwd: Path | None = None) -> subproc
     return done
 
 
+def started(root: Path, text: str, *more: str, name: str = "s") -> Service:
+    """`neaptide up -d` with this configuration, in `root`."""
+    config, state = root / f"{name}.yaml", root / name
+    config.write_text(text, encoding="utf-8")
+    args = ("up", "-d", "-f", str(config), "--state", str(state), "--port", "0", "--json", *more)
+    return Service(config, state, json.loads(neaptide(*args).stdout))
+
+
+def stop(state: Path) -> None:
+    neaptide("down", "--state", str(state), "--grace-s", "10", check=False)
+
+
+@contextmanager
+def serving(root: Path, text: str) -> Iterator[Service]:
+    """One service for many tests that only ask it questions."""
+    service = started(root, text)
+    yield service
+    stop(service.state)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
     """A suite started in the background finds SIGINT ignored, and a child would inherit that."""
@@ -55,26 +76,19 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Service]]:
     running: list[Path] = []
 
     def start(text: str = ECHO, *more: str, name: str = "s") -> Service:
-        config, state = tmp_path / f"{name}.yaml", tmp_path / name
-        config.write_text(text, encoding="utf-8")
-        running.append(state)
-        args = ("up", "-d", "-f", str(config), "--state", str(state), "--port", "0", "--json", *more)
-        return Service(config, state, json.loads(neaptide(*args).stdout))
+        running.append(tmp_path / name)
+        return started(tmp_path, text, *more, name=name)
 
     yield start
     for state in running:
-        neaptide("down", "--state", str(state), "--grace-s", "10", check=False)
+        stop(state)
 
 
 @pytest.fixture(scope="session")
 def echo_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One echo service for all tests that only ask it questions."""
-    root = tmp_path_factory.mktemp("echo")
-    config, state = root / "neaptide.yaml", root / "state"
-    config.write_text(ECHO, encoding="utf-8")
-    args = ("up", "-d", "-f", str(config), "--state", str(state), "--port", "0", "--json")
-    yield Service(config, state, json.loads(neaptide(*args).stdout))
-    neaptide("down", "--state", str(state), "--grace-s", "10", check=False)
+    with serving(tmp_path_factory.mktemp("echo"), ECHO) as service:
+        yield service
 
 
 def alive(pid: int) -> bool:

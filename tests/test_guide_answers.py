@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.conftest import Service, neaptide
+from tests.conftest import Service, serving
+from tests.traffic import Answer
 
 ASKED = [  # what is said, turn by turn; what the last answer must hold
     (["What is Neaptide?"], ["latency", "cost"]),
@@ -54,21 +53,12 @@ def case(said: list[str], facts: list[str]) -> Any:
 @pytest.fixture(scope="module")
 def guide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     pytest.importorskip("openvino_genai", reason="the extra `cpu` is not installed")
-    root = tmp_path_factory.mktemp("guide")
-    config, state = root / "neaptide.yaml", root / "state"
-    config.write_text("models: {guide: {}}\n", encoding="utf-8")
-    args = ("up", "-d", "-f", str(config), "--state", str(state), "--port", "0", "--json")
-    yield Service(config, state, json.loads(neaptide(*args).stdout))
-    neaptide("down", "--state", str(state), check=False)
+    with serving(tmp_path_factory.mktemp("guide"), "models: {guide: {}}\n") as service:
+        yield service
 
 
-def ask(service: Service, messages: list[dict[str, str]]) -> dict[str, Any]:
-    body = {"model": "guide", "messages": messages, "temperature": 0, "max_tokens": 200}
-    headers = {"Authorization": f"Bearer {service.key}", "Content-Type": "application/json"}
-    request = urllib.request.Request(f"{service.api}/chat/completions", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        choice: dict[str, Any] = json.load(answer)["choices"][0]
-    return choice
+def ask(service: Service, messages: list[dict[str, str]]) -> Answer:
+    return Answer(service, {"model": "guide", "messages": messages, "temperature": 0, "max_tokens": 200}).join(60)
 
 
 @pytest.mark.parametrize(("said", "facts"), [case(*asked) for asked in ASKED])
@@ -76,11 +66,11 @@ def test_the_guide_answers_with_the_facts_and_stops(said: list[str], facts: list
     messages: list[dict[str, str]] = []
     for turn in said:
         messages.append({"role": "user", "content": turn})
-        choice = ask(guide, messages)
-        assert choice["finish_reason"] == "stop", choice
-        messages.append(choice["message"])
-    answer = messages[-1]["content"]
-    assert [fact for fact in facts if fact not in answer] == [], answer
+        answer = ask(guide, messages)
+        assert answer.finish == "stop", answer.text or answer.error
+        messages.append({"role": "assistant", "content": answer.text})
+    last = messages[-1]["content"]
+    assert [fact for fact in facts if fact not in last] == [], last
 
 
 def test_the_twenty_prompts_are_twenty_in_two_languages() -> None:

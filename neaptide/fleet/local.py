@@ -27,8 +27,7 @@ from neaptide.types import Deployment, Launch, Replica, ReplicaState
 MODULE = "neaptide.engine.replica"
 PROBE_STARTING_S = 0.05
 PROBE_READY_S = 2.0
-DRAIN_S = 900.0  # of a replica that was launched without saying
-CUT_S = 5.0  # beyond it, for a replica to cut off what still runs
+CUT_S = 5.0  # beyond drain_s, for a replica to cut off what still runs
 SILENT_PROBES = 5  # then it is killed: alive by pid, dead to the world
 MakeSpec = Callable[[Launch, Deployment], ReplicaSpec]
 
@@ -202,7 +201,7 @@ class LocalDriver:
             await self._supervisor.call("stop", body)
 
     async def _stop(self, w: Watched) -> None:
-        grace_s = float(w.status.opaque.get("drain_s", DRAIN_S)) + CUT_S
+        grace_s = float(w.status.opaque["drain_s"]) + CUT_S
         body = {"id": w.id, "epoch": w.status.epoch, "grace_s": grace_s}
         ended = await self._supervisor.call("stop", body, timeout_s=grace_s + 10)
         if ended == b"false":  # it had died before we asked

@@ -13,7 +13,7 @@ from neaptide.errors import RequestError, StorageError
 from neaptide.gateway import admit, ids, queue, record, route
 from neaptide.gateway.access import AccessLog, Line, UsageLine
 from neaptide.gateway.call import Call
-from neaptide.gateway.connection import Connection
+from neaptide.gateway.connection import FOREVER, Connection
 from neaptide.gateway.exchange import DONE, WAITING, Exchange
 from neaptide.gateway.lane import Lane
 from neaptide.gateway.metrics import Metrics
@@ -24,8 +24,6 @@ from neaptide.types import Begin, Usage
 from neaptide.wire.peek import peek, splice
 
 log = logging.getLogger("neaptide.gateway")
-
-FOREVER = float("inf")
 
 
 class Journal(Protocol):

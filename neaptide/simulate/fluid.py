@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neaptide.control.policy import Floats, Policy, Seen, State
+from neaptide.simulate.arrivals import DAY_S
 from neaptide.simulate.world import World
-
-DAY_S = 86400.0
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def read_world(path: Path | None = None) -> World:
     text = path.read_bytes() if path else files("neaptide.simulate").joinpath("goal.yaml").read_bytes()
     try:
         world = msgspec.yaml.decode(text, type=World)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+    except ValueError as e:
         raise ConfigError(f"{path}: {e}", code="E110", fix="see neaptide/simulate/goal.yaml") from e
     for name in ("service_s", "cold_start_s"):
         if getattr(world, name) % world.tick_s:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tools.guide.patterns import expand, fingerprint, noisy
+from tools.guide.patterns import WORDING, expand, fingerprint, noisy
 from tools.guide.sources import ASSISTANTS, DECLINED, LEFT_OUT, TOPIC_OF_REPLY
 
 HERE = Path(__file__).parent
@@ -55,7 +55,7 @@ class Bank:
         self.dropped = 0  # draws that were on those lists
         self.topics = topics()
         self.weights = [t.get("weight", 1.0) for t in self.topics]
-        self.carriers, self.follow = load("wording.toml")["carriers"], load("wording.toml")["follow"][lang]
+        self.carriers, self.follow = WORDING["carriers"], WORDING["follow"][lang]
         self.unknown = load("unknown.toml")
         self.chat: dict[str, list[str]] = defaultdict(list)  # reply -> questions
         self.borrowed: dict[str, list[str]] = defaultdict(list)  # topic id -> questions

@@ -21,6 +21,8 @@ class Peer:
     name = "peer"
     every_s = 15.0
     never_zero = True
+    signal = "in_flight"  # of Seen: noted at each tick under its own name, for the last window_s; 0: nothing is
+    window_s = 0.0
 
     def __init__(self, u: ArrayLike, *, min_replicas: int = 1, max_replicas: int = 1000) -> None:
         self.u: Floats = np.atleast_1d(np.asarray(u, dtype=np.float64)).copy()
@@ -35,7 +37,8 @@ class Peer:
         return {}
 
     def observe(self, seen: Seen, state: State) -> None:
-        """Nothing to note."""
+        if self.window_s:
+            remember(state, self.signal, self.window_s, seen.tick_s, getattr(seen, self.signal))
 
     def want(self, seen: Seen, state: State) -> Floats:
         raise NotImplementedError

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from neaptide.control.peers.base import ROUNDING, Peer, remember, wanted_for, whole
+from neaptide.control.peers.base import ROUNDING, Mask, Peer, wanted_for, whole
 from neaptide.control.policy import Floats, Seen, State, mean_window
 
 
@@ -21,6 +21,12 @@ class Delayed(Peer):
             state["target"][:] = self.bounded(seen.ready + seen.starting)
         return state["target"]
 
+    def settled(self, state: State, desired: Floats, longer: Floats, act: Mask) -> Floats:
+        """The target once `desired` has taken its place where it is time to act, whose wait then starts over."""
+        state["held_s"][:] = np.where(act, 0.0, longer)
+        np.copyto(state["target"], desired, where=act)
+        return state["target"].copy()
+
 
 class Ray(Delayed):
     """Ray Serve 2.60, `serve/autoscaling_policy.py`: ongoing requests, mean of 30 s (look_back_period_s).
@@ -33,15 +39,12 @@ class Ray(Delayed):
 
     name = "ray"
     every_s = 0.1
-    look_back_s = 30.0
+    window_s = 30.0
     up_delay_s, down_delay_s = 30.0, 600.0
-
-    def observe(self, seen: Seen, state: State) -> None:
-        remember(state, "load", self.look_back_s, seen.tick_s, seen.in_flight)
 
     def want(self, seen: Seen, state: State) -> Floats:
         target, held = self.target(seen, state), state["held_s"]
-        load = mean_window(state, "load", self.look_back_s, seen.tick_s)
+        load = mean_window(state, self.signal, self.window_s, seen.tick_s)
         desired = self.bounded(whole(load / (self.u * seen.slots)))
         if self.low < 1:
             desired = np.maximum(desired, target > 1)
@@ -50,9 +53,7 @@ class Ray(Delayed):
         if not (runs := seen.ready > 0).all():
             longer, act = np.where(runs, longer, held), act & runs
             np.maximum(target, ~runs & (load > 0), out=target)
-        held[:] = np.where(act, 0.0, longer)
-        np.copyto(target, desired, where=act)
-        return target.copy()
+        return self.settled(state, desired, longer, act)
 
 
 class Sky(Delayed):
@@ -65,20 +66,15 @@ class Sky(Delayed):
 
     name = "skyserve"
     every_s = 20.0
-    window_s = 60.0
+    signal, window_s = "arrivals", 60.0
     up_delay_s, down_delay_s = 300.0, 1200.0
-
-    def observe(self, seen: Seen, state: State) -> None:
-        remember(state, "arrivals", self.window_s, seen.tick_s, seen.arrivals)
 
     def want(self, seen: Seen, state: State) -> Floats:
         target, held = self.target(seen, state), state["held_s"]
-        ring = state["arrivals"]
+        ring = state[self.signal]
         rate = np.add.reduce(ring, axis=0) / (len(ring) * seen.tick_s)
         desired = self.bounded(whole(rate / (self.u * seen.capacity_rps)))
         longer = wanted_for(held, desired - target, self.every_s)
         act = (longer >= self.up_delay_s - ROUNDING) | (longer <= -self.down_delay_s + ROUNDING)
         act |= target == 0
-        held[:] = np.where(act, 0.0, longer)
-        np.copyto(target, desired, where=act)
-        return target.copy()
+        return self.settled(state, desired, longer, act)

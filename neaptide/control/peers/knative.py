@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from neaptide.control.peers.base import ROUNDING, Peer, remember, whole
+from neaptide.control.peers.base import ROUNDING, Peer, whole
 from neaptide.control.policy import Floats, Seen, State, mean_window
 
 
@@ -21,7 +21,7 @@ class Knative(Peer):
     name = "knative"
     every_s = 2.0
     never_zero = False
-    stable_s, panic_s = 60.0, 6.0
+    window_s, panic_s = 60.0, 6.0  # stable and panic window
     panic_ratio = 2.0  # panic-threshold-percentage 200
     up_rate, down_rate = 1000.0, 2.0  # max-scale-up-rate, max-scale-down-rate
     grace_s = 30.0
@@ -30,23 +30,20 @@ class Knative(Peer):
         never = np.full(self.lanes, -np.inf)
         return {"panic_s": never, "panic_count": np.zeros(self.lanes), "zero_s": -never, "began": np.zeros(1)}
 
-    def observe(self, seen: Seen, state: State) -> None:
-        remember(state, "load", self.stable_s, seen.tick_s, seen.in_flight)
-
     def want(self, seen: Seen, state: State) -> Floats:
         if not state["began"][0]:
             self._begin(seen, state)
         target = self.u * seen.slots
         ready = np.maximum(seen.ready, 1.0)
-        stable = whole(mean_window(state, "load", self.stable_s, seen.tick_s) / target)
-        burst = whole(mean_window(state, "load", self.panic_s, seen.tick_s) / target)
+        stable = whole(mean_window(state, self.signal, self.window_s, seen.tick_s) / target)
+        burst = whole(mean_window(state, self.signal, self.panic_s, seen.tick_s) / target)
         np.copyto(state["panic_s"], seen.now_s, where=burst >= self.panic_ratio * ready)
         if self.high > self.up_rate:  # or else what 1 ready replica may grow to is over the bound anyhow
             stable, burst = np.minimum(stable, self.up_rate * ready), np.minimum(burst, self.up_rate * ready)
         stable = np.maximum(stable, np.floor(ready / self.down_rate))
         highest = np.maximum(state["panic_count"], burst, out=state["panic_count"])
         np.maximum(highest, stable, out=highest)
-        highest *= state["panic_s"] >= seen.now_s - self.stable_s - ROUNDING
+        highest *= state["panic_s"] >= seen.now_s - self.window_s - ROUNDING
         count = self.bounded(np.maximum(highest, stable))
         return count if self.low > 0 else self._graced(count, seen, state)
 

@@ -67,18 +67,15 @@ class Keda(Stabilised):
 
     name = "keda"
     never_zero = False
-    window_s = 60.0
+    signal, window_s = "arrivals", 60.0
     poll_s = 30.0
     cooldown_s = 300.0
 
     def start(self) -> State:
         return {"active_s": np.full(self.lanes, -np.inf), "poll_s": np.full(1, -np.inf)}
 
-    def observe(self, seen: Seen, state: State) -> None:
-        remember(state, "arrivals", self.window_s, seen.tick_s, seen.arrivals)
-
     def want(self, seen: Seen, state: State) -> Floats:
-        rate = mean_window(state, "arrivals", self.window_s, seen.tick_s) / seen.tick_s
+        rate = mean_window(state, self.signal, self.window_s, seen.tick_s) / seen.tick_s
         current = seen.ready + seen.starting
         target = self.u * seen.capacity_rps
         full = target * current
@@ -114,12 +111,9 @@ class Aibrix(Stabilised):
     knows_first = False
     window_s = 180.0
 
-    def observe(self, seen: Seen, state: State) -> None:
-        remember(state, "load", self.window_s, seen.tick_s, seen.in_flight)
-
     def want(self, seen: Seen, state: State) -> Floats:
         current = seen.ready + seen.starting
-        need = mean_window(state, "load", self.window_s, seen.tick_s) / (self.u * seen.slots)
+        need = mean_window(state, self.signal, self.window_s, seen.tick_s) / (self.u * seen.slots)
         fit = whole(need)
         up = np.where(need > (1 + TOLERANCE + ROUNDING) * current, np.minimum(fit, 2.0 * current), current)
         low = need < (1 - TOLERANCE - ROUNDING) * current
