@@ -23,7 +23,7 @@ from tools.guide.sources import dialogues
 SHARES = {"topic": 0.73, "unknown": 0.19, "chat": 0.08}  # of the turns that are not follow-ups
 FOLLOW = 0.4  # of the turns after a topic's answer lean on it
 PLAIN = 0.05  # of the conversations are plain dialogue text: it teaches the language, not the replies
-BOOKINGS = 0.07  # are the booking demo
+BOOKINGS = 0.15  # are the booking demo
 TURNS = {1: 0.5, 2: 0.28, 3: 0.15, 4: 0.07}
 SYSTEMS = [
     "You are a helpful assistant.",
@@ -36,7 +36,7 @@ SYSTEMS = [
 
 def conversation(banks: dict[str, Bank], rng: random.Random) -> dict:
     """One sample; the language may change between turns, as bilingual users do."""
-    lang = rng.choice(["en", "zh"])
+    lang = rng.choices(["en", "zh"], [0.55, 0.45])[0]  # English has more wordings to learn
     draw = rng.random()
     if draw < PLAIN:
         kinds, messages = ["text"], [{"role": "text", "content": rng.choice(banks[lang].texts)}]
