@@ -128,9 +128,54 @@ class Revision(Struct, frozen=True, kw_only=True):
     parent: str = ""
 
 
-class Scale(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+PolicyName = Literal[
+    "slo",
+    "thresholds",
+    "fixed",
+    "hpa",
+    "keda",
+    "knative",
+    "ray",
+    "aibrix",
+    "wva",
+    "dynamo",
+    "dynamo-kalman",
+    "skyserve",
+]
+Signal = Literal["arrivals_per_s", "in_flight", "waiting", "oldest_wait_s", "running", "ttft_s", "tpot_s", "kv_usage"]
+
+
+class Rule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An operator's threshold: while `signal` (a replica's share of it where `per_replica`) has been `above` or `below`
+    for `for_s`, `add` replicas (negative: remove), then leave it alone for `cooldown_s`."""
+
+    signal: Signal
+    above: float | None = None
+    below: float | None = None
+    per_replica: bool = False
+    for_s: float = 0.0
+    add: int = 1
+    cooldown_s: float = 60.0
+
+
+class Event(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A line of the calendar: traffic is expected to be `factor` times its usual between two times (ISO 8601)."""
+
+    start: str
+    end: str
+    factor: float
+    name: str = ""
+
+
+class Scale(Noun, frozen=True, kw_only=True, forbid_unknown_fields=True):
     min: int = 1
     max: int = -1  # -1: as many as `min`, at least one
+    policy: PolicyName = "slo"
+    target: float | None = None  # of a peer's policy: the load a replica should have; None = its own default
+    rules: tuple[Rule, ...] = ()  # of `thresholds`
+    calendar: tuple[Event, ...] = ()
+    price_per_hour: float = 0.0  # of one replica, in the config's currency; 0: not known
+    budget_per_hour: float | None = None  # replicas that would cost more are not started
 
     def __post_init__(self) -> None:
         if self.max == -1:
@@ -167,17 +212,75 @@ class Replica(Noun, frozen=True, kw_only=True):
     error: str = ""
 
 
+class Load(Struct, frozen=True, kw_only=True):
+    """One model's signals since the last tick, all gateways together. NaN where nobody told."""
+
+    tick_s: float  # what the counts cover
+    age_s: float  # of the oldest gateway's word; inf: none has spoken
+    arrivals: int = 0
+    done: int = 0
+    errors: int = 0
+    late: int = 0  # of those done: TTFT over the SLO
+    tokens: int = 0
+    waiting: int = 0
+    running: int = 0
+    oldest_wait_s: float = 0.0
+    ttft_s: float = float("nan")  # mean of those done
+    tpot_s: float = float("nan")
+    kv_usage: float = float("nan")  # of the fullest replica, 0..1
+
+
+class Traits(Struct, frozen=True, kw_only=True):
+    """What one replica can do, within the SLO. Capacity is slots / service_s requests/s."""
+
+    slots: float = 8.0  # requests it runs at once
+    service_s: float = 2.0  # a request holds its slot for so long
+    cold_start_s: float = 5.0  # from launch to ready
+    learnt: str = "assumed"  # assumed | measured
+
+
+class Override(Struct, frozen=True, kw_only=True):
+    """`neaptide scale set MODEL N --for 2h`."""
+
+    count: int
+    until_wall_s: float
+    by: str = ""
+
+
+class Choice(Struct, frozen=True, kw_only=True):
+    """Why a model has the count it has, or will have."""
+
+    model: str
+    action: Literal["launch", "drain", "hold"]
+    before: int  # ready and starting
+    after: int
+    sentence: str
+    policy: str = ""
+    wanted: int = 0  # by the policy, before override and clamps
+    clamp: str = ""  # budget | max | min | override: what changed the policy's count
+    numbers: dict[str, float] = {}
+    cost_per_hour: float = 0.0  # of `after`; 0 where no price is known
+    cost_change_per_hour: float = 0.0
+
+
 class Snapshot(Noun, frozen=True, kw_only=True):
     now_s: float
     deployments: tuple[Deployment, ...]
     replicas: tuple[Replica, ...]
+    now_wall_s: float = 0.0  # for calendars and daily patterns
+    loads: dict[str, Load] = {}  # by model; a model that is missing has never been heard of
+    traits: dict[str, Traits] = {}
+    overrides: dict[str, Override] = {}
 
 
 class Carry(Noun, frozen=True, kw_only=True):
-    """What decide remembers between ticks: per replica slot, failed starts in a row and when the next may be tried."""
+    """What decide remembers between ticks: per replica slot, failed starts in a row and when the next may be tried; per
+    model, the policy's memory (msgpack of its named arrays)."""
 
     failures: dict[str, int] = {}
     not_before_s: dict[str, float] = {}
+    policies: dict[str, bytes] = {}
+    wanted: dict[str, int] = {}  # the last count that was decided
 
 
 class Launch(Struct, frozen=True, kw_only=True):
@@ -190,3 +293,4 @@ class Plan(Noun, frozen=True, kw_only=True):
     launches: tuple[Launch, ...] = ()
     drains: tuple[str, ...] = ()  # replica ids
     reasons: tuple[str, ...] = ()
+    choices: tuple[Choice, ...] = ()  # one a model

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from neaptide.control.lanes import Lanes
 from neaptide.control.policy import Floats, Policy, Seen, State
 from neaptide.simulate.arrivals import DAY_S
 from neaptide.simulate.world import World
@@ -51,67 +52,15 @@ class Totals:
     scale_events: Floats  # replicas launched or drained
 
 
-class Lanes:
-    """The state of all lanes; arrays are changed in place, so that the policies' views stay valid."""
-
-    def __init__(self, world: World, capacity_rps: float, lanes: int) -> None:
-        self.world, self.slots = world, capacity_rps * world.service_s
-        self.ready, self.starting, self.queue, self.in_flight, self.arrivals = np.zeros((5, lanes))
-        self.arrived, self.started, self.counted = np.zeros((3, lanes))  # running totals of requests
-        self.late, self.launched, self.drained = np.zeros((3, lanes))  # of this tick
-        self.held = np.zeros((world.held_ticks - 1, lanes))  # what started in the ticks before and still runs
-        self.coming = np.zeros((world.cold_ticks + 1, lanes))  # launched, by the tick in which they are ready
-        self.at = 0
-
-    def work(self, arrivals: Floats) -> None:
-        """One tick: starting replicas become ready, work comes in and starts, the late are counted."""
-        self.at += 1
-        row = self.coming[self.at % len(self.coming)]
-        self.ready += row
-        self.starting -= row
-        row[:] = 0.0
-        self.arrivals[:] = arrivals
-        due = self.arrived + self.world.on_time_share * arrivals
-        self.arrived += arrivals
-        self.queue += arrivals
-        held = self.held.sum(axis=0)
-        begin = np.minimum(self.queue, np.maximum(self.slots * self.ready - held, 0.0))
-        self.queue -= begin
-        self.started += begin
-        np.maximum(due - np.maximum(self.started, self.counted), 0.0, out=self.late)
-        np.maximum(self.counted, due, out=self.counted)
-        np.add(held, begin, out=self.in_flight)
-        self.in_flight += self.queue
-        if len(self.held):
-            self.held[self.at % len(self.held)] = begin
-
-    def scale(self, part: slice, want: Floats) -> None:
-        """Launch or drain what the lanes of `part` lack or have too many of."""
-        change = want - self.ready[part] - self.starting[part]
-        if not change.any():
-            return
-        up = np.maximum(change, 0.0)
-        self.coming[self.at % len(self.coming), part] += up  # this row comes round again after the cold start
-        self.starting[part] += up
-        self.launched[part] += up
-        down = np.maximum(-change, 0.0)
-        if down.any():
-            self.drained[part] += down
-            cancelled = np.minimum(down, self.starting[part])
-            for lane in np.flatnonzero(cancelled):
-                self._cancel(part.start + int(lane), float(cancelled[lane]))
-            self.starting[part] -= cancelled
-            self.ready[part] -= down - cancelled
-
-    def _cancel(self, lane: int, number: float) -> None:
-        """Starting replicas go first, the youngest of them first."""
-        for back in range(len(self.coming)):
-            row = self.coming[(self.at - back) % len(self.coming)]
-            gone = min(number, row[lane])
-            row[lane] -= gone
-            number -= gone
-            if number <= 0:
-                return
+def service(world: World, capacity_rps: float, lanes: int) -> Lanes:
+    """The fluid service of this world."""
+    return Lanes(
+        capacity_rps * world.service_s,
+        lanes,
+        held_ticks=world.held_ticks,
+        cold_ticks=world.cold_ticks,
+        on_time_share=world.on_time_share,
+    )
 
 
 def run(
@@ -126,7 +75,7 @@ def run(
     """Every entry over `counts` [seeds, ticks]; days are counted from `start_s`. At first there are as many replicas as
     the first ten minutes need. `watch(tick, lanes)` is called at each tick's end."""
     slices, lane_seeds = _lanes(entries)
-    lanes = Lanes(world, capacity_rps, len(lane_seeds))
+    lanes = service(world, capacity_rps, len(lane_seeds))
     first = counts[:, : round(600 / world.tick_s)].mean(axis=1) / world.tick_s
     lanes.ready[:] = np.ceil(first / capacity_rps)[lane_seeds]
     steps = [_Step(e.policy, part, lanes, world, capacity_rps) for e, part in zip(entries, slices, strict=True)]
