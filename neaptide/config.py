@@ -125,17 +125,22 @@ def load(path: Path | None) -> Settings:
 
 def parse(text: str, origin: str, base: Path = Path()) -> Settings:
     """Strict: duplicate and unknown keys, wrong types and dangling references are errors."""
-    try:
-        tree = yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (a SafeLoader subclass)
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{origin}{where}: {getattr(e, 'problem', e)}", code="E102", fix="correct the YAML") from e
+    tree = strict_yaml(text, origin)
     tree = _listed_models(tree or {})
     if isinstance(tree, dict) and isinstance(tree.get("models"), dict):
         for name, model in tree["models"].items():  # one by one: msgspec names no dictionary key in its errors
             _convert(model, ModelSettings, origin, f"models.{name}")
     return _checked(_convert(tree, Settings, origin), origin, base)
+
+
+def strict_yaml(text: str, origin: str) -> object:
+    """The tree of a YAML text in which no key stands twice. ConfigError E102 names the line."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (a SafeLoader subclass)
+    except (yaml.YAMLError, ValueError, TypeError) as e:  # no such date, a list as a key
+        mark = getattr(e, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{origin}{where}: {getattr(e, 'problem', e)}", code="E102", fix="correct the YAML") from e
 
 
 def host_port(listen: str, key: str = "listen") -> tuple[str, int]:
