@@ -12,8 +12,8 @@ import hmac
 import ipaddress
 import logging
 import math
-from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -174,8 +174,24 @@ def _within(name: str, value: float, low: float, high: float) -> None:
 # --- the app ----------------------------------------------------------------------------------------------------------
 
 
+class Front(Protocol):
+    """Pages for people that bring a way in of their own beside the bearer token: the dashboard."""
+
+    def routes(self) -> Sequence[BaseRoute]: ...
+
+    def admits(self, scope: Scope) -> bool:
+        """Whether this request may pass without the bearer token: an open page, or a session's request."""
+
+    async def run(self) -> None:
+        """What it does beside answering, until cancelled."""
+
+
 def build_app(
-    control: ControlPort, token: str, hosts: tuple[str, ...] = (), pages: tuple[BaseRoute, ...] | None = None
+    control: ControlPort,
+    token: str,
+    hosts: tuple[str, ...] = (),
+    pages: tuple[BaseRoute, ...] | None = None,
+    front: Front | None = None,
 ) -> Starlette:
     """The admin app. `hosts`: names besides localhost and IP addresses by which browsers may reach it. `pages`: the
     documentation's routes; None for the built-in ones."""
@@ -185,10 +201,10 @@ def build_app(
         pages = routes(control)
     api = [Route(f"/api/v1{op.path}", _endpoint(control, op), methods=[op.method]) for op in OPERATIONS]
     app = Starlette(
-        routes=[Route("/health", _health), *api, *pages],
+        routes=[Route("/health", _health), *api, *pages, *(front.routes() if front else ())],
         exception_handlers={HTTPException: _http_error, NeaptideError: _known_error},
     )
-    app.add_middleware(Guard, token=token, hosts=hosts)
+    app.add_middleware(Guard, token=token, hosts=hosts, front=front)
     return app
 
 
@@ -258,10 +274,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
 class Guard:
     """Ahead of every route. Pure ASGI: it counts a body while it comes, and adds its headers to errors too."""
 
-    def __init__(self, app: ASGIApp, token: str, hosts: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, token: str, hosts: tuple[str, ...], front: Front | None = None) -> None:
         if len(token) < 16:
             raise ValueError("the admin token has fewer than 16 characters")
-        self._app, self._token = app, token.encode()
+        self._app, self._token, self._front = app, token.encode(), front
         self._hosts = frozenset(h.lower() for h in (*hosts, "localhost"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -292,7 +308,7 @@ class Guard:
             name = host[0].decode("latin-1")[:100] if host else ""
             why = "a page of another origin may have pointed its own name at this address"
             raise AdminError(403, "E603", f"the host {name!r} is not served here", why=why, fix="use 127.0.0.1")
-        if not _is_open(scope["path"]):
+        if not _is_open(scope["path"]) and not (self._front and self._front.admits(scope)):
             given = headers.get(b"authorization", [b""])
             kind, _, value = given[0].partition(b" ")
             if len(given) != 1 or kind.lower() != b"bearer" or not hmac.compare_digest(value.strip(), self._token):

@@ -11,6 +11,7 @@ import contextlib
 import signal
 import socket
 import urllib.parse
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from neaptide import lifeline
 from neaptide.clock import wall_s
 from neaptide.config import ModelSettings, Settings, parse
 from neaptide.control import answers
-from neaptide.control.admin import build_app
+from neaptide.control.admin import Front, build_app
 from neaptide.control.books import Books
 from neaptide.control.decisions import DecisionJournal
 from neaptide.control.desired import deployment, difference, redacted, slow_part
@@ -59,19 +60,22 @@ from neaptide.types import Carry, Deployment, Launch, Plan, Replica
 
 HOPELESS = "E2"  # a model error: starting the replica again will not mend it
 DEATHS_BEFORE_FAILING = 3
+PLANS_KEPT = 64  # ticks; who shows them looks once a second
 
 
 class Control:
     """Implements ControlPort. All of it runs on one loop; only the ledger has a thread."""
 
-    def __init__(self, spec: ControlSpec) -> None:
+    def __init__(self, spec: ControlSpec, front: Callable[[Control], Front] | None = None) -> None:
         self.spec, self.state = spec, StateDir(Path(spec.state_dir))
+        self._make_front = front
         self.started_wall_s = wall_s()
         self.text, self.origin = _kept(self.state)
         self.settings = parse(self.text, str(self.origin), self.origin.parent)
         self.sources: dict[str, Weights] = {}
         self.deployments: tuple[Deployment, ...] = ()
         self.replicas: Sequence[Replica] = ()
+        self.plans: deque[tuple[float, Plan]] = deque(maxlen=PLANS_KEPT)  # (wall s, plan), newest last
         self.failing: dict[str, str] = {}
         self.created_s: dict[str, int] = {}
         self.restarts: dict[str, int] = {}
@@ -112,7 +116,9 @@ class Control:
         await self._serve_admin((loop, keeping))
 
     async def _serve_admin(self, tasks: tuple[asyncio.Task[None], ...]) -> None:
-        app = build_app(self, self.state.secret(self.state.admin_token), _names(self.spec.admin_url))
+        front = self._make_front(self) if self._make_front else None
+        app = build_app(self, self.state.secret(self.state.admin_token), _names(self.spec.admin_url), front=front)
+        tasks = (*tasks, asyncio.create_task(front.run())) if front else tasks
         server = AdminServer(
             uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=5)
         )
@@ -171,6 +177,7 @@ class Control:
 
     def _told(self, replicas: Sequence[Replica], plan: Plan, carry: Carry) -> None:
         self.replicas = [r for r in replicas if r.state != "dead"]
+        self.plans.append((wall_s(), plan))
         for d in self.deployments:
             ready = any(r.deployment == d.model and r.state == "ready" for r in replicas)
             dead = [r for r in replicas if r.deployment == d.model and r.state == "dead"]
@@ -376,12 +383,12 @@ def _as_dict(error: str) -> dict[str, str]:
     return out
 
 
-def run() -> None:
-    """The process: spec from stdin, until SIGTERM or the supervisor's end."""
+def run(front: Callable[[Control], Front] | None = None) -> None:
+    """The process: spec from stdin, until SIGTERM or the supervisor's end. `front` makes the dashboard."""
     spec = lifeline.read_spec(ControlSpec)
     lifeline.hold()
 
     async def live() -> None:
-        await Control(spec).run()
+        await Control(spec, front).run()
 
     asyncio.run(live())
