@@ -6,7 +6,9 @@ are read here, so that nothing below reads the environment.
 
 from __future__ import annotations
 
+import datetime
 import difflib
+import math
 import os
 import re
 from pathlib import Path
@@ -17,7 +19,7 @@ import yaml
 
 from neaptide.errors import ConfigError
 from neaptide.table import Cors, Limits, Timeouts
-from neaptide.types import Scale, Slo
+from neaptide.types import Event, Rule, Scale, Slo
 
 DEFAULT_TEXT = """\
 # neaptide.yaml: what `neaptide up` serves. docs/configuration.md lists every key.
@@ -126,7 +128,7 @@ def load(path: Path | None) -> Settings:
 def parse(text: str, origin: str, base: Path = Path()) -> Settings:
     """Strict: duplicate and unknown keys, wrong types and dangling references are errors."""
     tree = strict_yaml(text, origin)
-    tree = _listed_models(tree or {})
+    tree = _dated(_listed_models(tree or {}))
     if isinstance(tree, dict) and isinstance(tree.get("models"), dict):
         for name, model in tree["models"].items():  # one by one: msgspec names no dictionary key in its errors
             _convert(model, ModelSettings, origin, f"models.{name}")
@@ -197,6 +199,19 @@ def _listed_models(tree: object) -> object:
     return tree
 
 
+def _dated(tree: object) -> object:
+    """YAML reads 2026-11-11 20:00 as a time; a calendar takes times and ISO texts alike."""
+    models = tree.get("models") if isinstance(tree, dict) else None
+    for model in models.values() if isinstance(models, dict) else ():
+        scale = model.get("scale") if isinstance(model, dict) else None
+        events = scale.get("calendar") if isinstance(scale, dict) else None
+        for event in events if isinstance(events, list) else ():
+            for key in ("start", "end") if isinstance(event, dict) else ():
+                if isinstance(event.get(key), datetime.date):
+                    event[key] = event[key].isoformat()
+    return tree
+
+
 def _convert(tree: object, kind: type[T], origin: str, at: str = "") -> T:
     try:
         return msgspec.convert(tree, kind, strict=True)
@@ -219,7 +234,7 @@ def _unknown_key(name: str, where: str, origin: str) -> ConfigError:
 
 
 def _parts() -> list[type[msgspec.Struct]]:
-    return [*Part.__subclasses__(), Limits, Cors, Timeouts, Scale, Slo]
+    return [*Part.__subclasses__(), Limits, Cors, Timeouts, Scale, Slo, Rule, Event]
 
 
 def _checked(s: Settings, origin: str, base: Path) -> Settings:
@@ -247,8 +262,14 @@ def _checked(s: Settings, origin: str, base: Path) -> Settings:
 
 def _resolved(name: str, m: ModelSettings, base: Path) -> ModelSettings:
     key = f"models.{name}"
-    if m.scale.min < 0 or m.scale.max < m.scale.min:
-        raise ConfigError(f"{key}.scale: min {m.scale.min}, max {m.scale.max}", code="E108", fix="0 <= min <= max")
+    _check_scale(m.scale, f"{key}.scale")
+    if m.replicas and m.scale.max > m.scale.min:
+        raise ConfigError(
+            f"{key}.scale: {m.scale.min} to {m.scale.max} replicas, and they are somebody else's",
+            why="replicas that are listed under `replicas` are never started or stopped by Neaptide",
+            code="E108",
+            fix=f"remove {key}.scale, or let Neaptide run the replicas (source or engine instead of replicas)",
+        )
     if m.replicas and (m.source or m.engine):
         raise ConfigError(
             f"{key}: replicas beside source or engine",
@@ -262,6 +283,47 @@ def _resolved(name: str, m: ModelSettings, base: Path) -> ModelSettings:
     if source and source.startswith((".", "~")):
         source = str((base / Path(source).expanduser()).resolve())
     return msgspec.structs.replace(m, replicas=remotes, source=source)
+
+
+def _check_scale(s: Scale, key: str) -> None:
+    if s.min < 0 or s.max < s.min:
+        raise ConfigError(f"{key}: min {s.min}, max {s.max}", code="E108", fix="0 <= min <= max")
+    if s.target is not None and not 0 < s.target < math.inf:
+        raise ConfigError(f"{key}.target: {s.target:g}", code="E108", fix="a number over 0, such as 0.8")
+    for name, price in (("price_per_hour", s.price_per_hour), ("budget_per_hour", s.budget_per_hour or 0.0)):
+        if not 0 <= price < math.inf:
+            raise ConfigError(f"{key}.{name}: {price:g}", code="E108", fix="0 or more")
+    if s.budget_per_hour is not None and not s.price_per_hour:
+        raise ConfigError(f"{key}: a budget without a price", code="E108", fix=f"add {key}.price_per_hour")
+    if bool(s.rules) != (s.policy == "thresholds"):
+        fix = f"add {key}.rules" if not s.rules else f"set {key}.policy: thresholds, or remove the rules"
+        raise ConfigError(f"{key}: policy {s.policy} with {len(s.rules)} rules", code="E108", fix=fix)
+    for i, rule in enumerate(s.rules):
+        _check_rule(rule, f"{key}.rules[{i}]")
+    for i, event in enumerate(s.calendar):
+        span_s(event, f"{key}.calendar[{i}]")
+
+
+def _check_rule(r: Rule, key: str) -> None:
+    if (r.above is None) == (r.below is None):
+        raise ConfigError(f"{key}: either above or below", code="E108", fix=f"{key}: {{signal: {r.signal}, above: 4}}")
+    if r.add == 0 or min(r.for_s, r.cooldown_s) < 0:
+        fix = "add: 1 or more, or -1 or less; for_s and cooldown_s: 0 or more"
+        raise ConfigError(f"{key}: add {r.add}, for_s {r.for_s:g}, cooldown_s {r.cooldown_s:g}", code="E108", fix=fix)
+
+
+def span_s(event: Event, key: str = "calendar") -> tuple[float, float]:
+    """An event's start and end in wall seconds; times without an offset are local. ConfigError when it has none."""
+    try:
+        start, end = (datetime.datetime.fromisoformat(t).timestamp() for t in (event.start, event.end))
+    except (ValueError, OverflowError) as e:
+        fix = "write 2026-11-11T20:00, or 2026-11-11T20:00+08:00"
+        raise ConfigError(f"{key}: {e}", code="E108", fix=fix) from None
+    if end <= start:
+        raise ConfigError(f"{key}: it ends at {event.end}, before it starts", code="E108", fix="start before end")
+    if not 0 < event.factor < math.inf:
+        raise ConfigError(f"{key}.factor: {event.factor:g}", code="E108", fix="a number over 0: 3 for three times")
+    return start, end
 
 
 def _remote(r: RemoteReplica, key: str) -> RemoteReplica:

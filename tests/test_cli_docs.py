@@ -14,7 +14,7 @@ import pytest
 from neaptide import config
 from neaptide.cli import build
 from neaptide.table import Cors, Limits, Timeouts
-from neaptide.types import Scale, Slo
+from neaptide.types import Event, Rule, Scale, Slo
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "neaptide").rglob("*.py"))
@@ -25,6 +25,8 @@ PLACES: dict[str, type[msgspec.Struct]] = {
     "models.NAME.": config.ModelSettings,
     "models.NAME.options.": config.EngineOptions,
     "models.NAME.scale.": Scale,
+    "models.NAME.scale.rules[].": Rule,
+    "models.NAME.scale.calendar[].": Event,
     "models.NAME.slo.": Slo,
     "models.NAME.timeouts.": Timeouts,
     "models.NAME.replicas[].": config.RemoteReplica,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neaptide.config import DEFAULT_TEXT, Settings, host_port, load, parse
+from neaptide.config import DEFAULT_TEXT, Settings, host_port, load, parse, span_s
 from neaptide.errors import ConfigError
 
 
@@ -70,6 +70,31 @@ models:
         ("models: {a: {replicas: [{url: 'http://h/v1', key: 'env:NO_SUCH_NAME_HERE'}]}}", "E106", "NO_SUCH_NAME_HERE"),
         ("listen: 8000", "E105", "listen"),
         ("listen: nowhere\nmodels: {guide: {}}", "E103", "host:port"),
+        ("models: {a: {replicas: [{url: 'http://h/v1'}], scale: {min: 1, max: 2}}}", "E108", "somebody else's"),
+        ("models: {guide: {scale: {policy: greedy}}}", "E105", "models.guide.scale.policy"),
+        ("models: {guide: {scale: {target: 0}}}", "E108", "target: 0"),
+        ("models: {guide: {scale: {target: .nan}}}", "E108", "target: nan"),
+        ("models: {guide: {scale: {price_per_hour: -1}}}", "E108", "price_per_hour: -1"),
+        ("models: {guide: {scale: {budget_per_hour: 9}}}", "E108", "a budget without a price"),
+        ("models: {guide: {scale: {policy: thresholds}}}", "E108", "with 0 rules"),
+        ("models: {guide: {scale: {rules: [{signal: waiting, above: 1}]}}}", "E108", "policy slo with 1 rules"),
+        ("models: {guide: {scale: {policy: thresholds, rules: [{signal: waiting}]}}}", "E108", "above or below"),
+        (
+            "models: {guide: {scale: {policy: thresholds, rules: [{signal: waiting, above: 1, add: 0}]}}}",
+            "E108",
+            "add 0",
+        ),
+        (
+            "models: {guide: {scale: {calendar: [{start: 2026-11-11, end: 2026-11-10, factor: 3}]}}}",
+            "E108",
+            "before it starts",
+        ),
+        ("models: {guide: {scale: {calendar: [{start: soon, end: later, factor: 3}]}}}", "E108", "calendar[0]"),
+        (
+            "models: {guide: {scale: {calendar: [{start: 2026-11-11, end: 2026-11-12, factor: 0}]}}}",
+            "E108",
+            "factor: 0",
+        ),
         ("models: {}", "E107", "no models"),
         ("models: [", "E102", "line"),
         ("- a", "E105", "top level"),
@@ -80,6 +105,17 @@ def test_a_mistake_is_named_with_its_place_and_its_fix(text: str, code: str, sai
     assert error.code == code
     assert said in str(error)
     assert "sk-123" not in str(error)
+
+
+def test_a_calendar_takes_yaml_times_and_iso_texts_alike() -> None:
+    when = "{start: 2026-11-11 20:00:00, end: '2026-11-11T22:00', factor: 3}"
+    dates = "{start: 2026-11-12, end: 2026-11-13T00:00:00+08:00, factor: 2, name: sale}"
+    settings = parse(f"models: {{guide: {{scale: {{calendar: [{when}, {dates}]}}}}}}", "x")
+    first, second = settings.models["guide"].scale.calendar
+    start_s, end_s = span_s(first)
+    assert end_s - start_s == 7200
+    assert second.start == "2026-11-12"
+    assert span_s(second)[1] == 1794499200.0  # 2026-11-12T16:00Z
 
 
 def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
