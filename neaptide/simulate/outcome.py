@@ -1,0 +1,138 @@
+"""A comparison as JSON: the fields of `neaptide simulate --json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from neaptide.simulate.arrivals import DAY_S
+from neaptide.simulate.bound import DEFINITION
+from neaptide.simulate.compare import Comparison, Measured, Point, Row
+
+Tree = dict[str, Any]
+
+
+def outcome(found: Comparison) -> Tree:
+    question = found.question
+    return {
+        "world": {**msgspec.structs.asdict(found.world), "capacity_rps": found.capacity_rps},
+        "tier": found.tier,
+        "seed": question.seeds[0],
+        "seeds": list(question.seeds),
+        "days": {
+            "from": question.first_day,
+            "to": question.last_day,
+            "tune": list(question.tune),
+            "in_sample": question.in_sample,
+        },
+        "arrivals": _arrivals(found),
+        "bound": {
+            "definition": DEFINITION,
+            "replica_hours": found.bound_hours,
+            "replica_hours_no_budget": sum(b.replica_hours_no_budget for b in found.bounds) / len(found.bounds),
+            "dropped": sum(b.dropped for b in found.bounds) / len(found.bounds),
+            "by_seed": [msgspec.to_builtins(b) for b in found.bounds],
+        },
+        "policies": [_policy(found, row) for row in by_cost(found)],
+        "grid": [_point(found, point) for point in found.points],
+        "slo_price": [_priced(found, point) for point in found.slo_points],
+    }
+
+
+def by_cost(found: Comparison) -> list[Row]:
+    return sorted(found.rows, key=lambda row: row.reported.hours)
+
+
+def reported_days(found: Comparison) -> float:
+    """How many days are reported: a log may begin and end within one."""
+    from_s, to_s = found.rates.span(found.question.first_day, found.question.last_day)
+    return (to_s - from_s) / DAY_S
+
+
+def _arrivals(found: Comparison) -> Tree:
+    source, rates = found.rates.source, found.rates
+    return {
+        "path": source.path,
+        "format": source.format,
+        "series": rates.series,
+        "rows": source.rows,
+        "bad_rows": source.bad,
+        "dispersion": rates.dispersion,
+        "window_s": rates.window_s,
+        "windows_filled": rates.filled,
+        "requests": float(found.rows[0].reported.requests.mean()) if found.rows else 0.0,
+    }
+
+
+def _policy(found: Comparison, row: Row) -> Tree:
+    tuning = found.tuning(row.point)
+    return {
+        "name": row.name,
+        **_measured(found, row.reported),
+        "p99_ttft_s": row.p99_ttft_s,
+        "target": row.point.target,
+        "tuned": {"target": row.point.target, **_short(found, tuning)} if row.tuned else None,
+        "daily": _daily(found, row.point),
+        "by_seed": _by_seed(found, row),
+    }
+
+
+def _measured(found: Comparison, measured: Measured) -> Tree:
+    return {
+        "cost_ratio": found.ratio(measured),
+        "attainment": measured.attainment,
+        "replica_hours": measured.hours,
+        "scale_events": float(measured.scale_events.mean()),
+        "reached_slo": found.reached(measured),
+    }
+
+
+def _short(found: Comparison, measured: Measured) -> Tree:
+    return {
+        "attainment": measured.attainment,
+        "replica_hours": measured.hours,
+        "reached_slo": found.reached(measured),
+    }
+
+
+def _daily(found: Comparison, point: Point) -> list[Tree]:
+    days = range(found.question.first_day, found.question.last_day + 1)
+    measured = ((day, point.over(day, day)) for day in days)
+    return [
+        {"day": day, "requests": float(m.requests.mean()), **_short(found, m)}
+        for day, m in measured
+        if m.requests.any()
+    ]
+
+
+def _by_seed(found: Comparison, row: Row) -> list[Tree]:
+    m = row.reported
+    return [
+        {
+            "seed": seed,
+            "cost_ratio": float(m.replica_hours[at]) / found.bounds[at].replica_hours,
+            "attainment": float(1 - m.late[at] / max(m.requests[at], 1e-9)),
+            "replica_hours": float(m.replica_hours[at]),
+            "scale_events": float(m.scale_events[at]),
+        }
+        for at, seed in enumerate(found.question.seeds)
+    ]
+
+
+def _point(found: Comparison, point: Point) -> Tree:
+    return {
+        "policy": point.policy,
+        "target": point.target,
+        "tune": _short(found, found.tuning(point)),
+        "reported": _measured(found, found.reported(point)),
+    }
+
+
+def _priced(found: Comparison, point: Point) -> Tree:
+    measured = found.reported(point)
+    return {
+        "slo": point.target,
+        "replica_hours_per_day": measured.hours / reported_days(found),
+        **_measured(found, measured),
+    }
