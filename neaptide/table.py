@@ -49,6 +49,7 @@ class DeploymentRow(msgspec.Struct, frozen=True, kw_only=True):
     owned_by: str = "neaptide"
     max_tokens_default: int = 1024
     failing: str = ""  # why no replica starts; non-empty and no replica: 503 with this text
+    slo_ttft_s: float = 1.0  # a first token that comes later is counted as late
 
 
 class KeyRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,6 +124,13 @@ class ModelGauge(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     done: int = 0
     errors: int = 0
     tokens: int = 0
+    late: int = 0  # of those done: no first token within the SLO, for want of room or by an error of ours
+    firsts: int = 0  # of those done: had a first token ...
+    ttft_sum_s: float = 0.0
+    paced: int = 0  # ... and a time between tokens
+    tpot_sum_s: float = 0.0
+    served: int = 0  # ended well ...
+    held_sum_s: float = 0.0  # ... having held a replica's slot for so long, all together
 
 
 class Gauges(msgspec.Struct, frozen=True, kw_only=True):

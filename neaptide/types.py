@@ -228,6 +228,8 @@ class Load(Struct, frozen=True, kw_only=True):
     ttft_s: float = float("nan")  # mean of those done
     tpot_s: float = float("nan")
     kv_usage: float = float("nan")  # of the fullest replica, 0..1
+    served: int = 0  # of those done: ended well
+    service_s: float = float("nan")  # mean of those served: how long they held their slot
 
 
 class Traits(Struct, frozen=True, kw_only=True):
@@ -267,7 +269,8 @@ class Snapshot(Noun, frozen=True, kw_only=True):
     now_s: float
     deployments: tuple[Deployment, ...]
     replicas: tuple[Replica, ...]
-    now_wall_s: float = 0.0  # for calendars and daily patterns
+    now_wall_s: float = 0.0  # for calendars and daily patterns; never goes back
+    currency: str = ""
     loads: dict[str, Load] = {}  # by model; a model that is missing has never been heard of
     traits: dict[str, Traits] = {}
     overrides: dict[str, Override] = {}
@@ -293,4 +296,5 @@ class Plan(Noun, frozen=True, kw_only=True):
     launches: tuple[Launch, ...] = ()
     drains: tuple[str, ...] = ()  # replica ids
     reasons: tuple[str, ...] = ()
-    choices: tuple[Choice, ...] = ()  # one a model
+    choices: tuple[Choice, ...] = ()  # one for each model whose count may change, or does
+    stuck: tuple[str, ...] = ()  # of the drains: replicas that never got ready

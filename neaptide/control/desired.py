@@ -61,6 +61,7 @@ def slow_part(
                 created_s=created_s.get(d.model, 0),
                 max_tokens_default=m.max_tokens_default,
                 failing=failing.get(d.model, ""),
+                slo_ttft_s=d.slo.ttft_s,
             )
         )
     return Slow(

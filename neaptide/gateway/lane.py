@@ -22,6 +22,7 @@ class Lane:
     def __init__(self, row: DeploymentRow, metrics: ModelMetrics) -> None:
         self.row = row
         self.metrics = metrics
+        metrics.slo_ttft_s = row.slo_ttft_s
         self.line: Line[Exchange] = Line(row.max_waiting, row.max_wait_s)
         self.targets: list[Target] = []
         self.upstreams: dict[str, Upstream] = {}  # by replica id
@@ -32,16 +33,25 @@ class Lane:
     def adopt(self, row: DeploymentRow) -> None:
         """The table changed what is configured; those who wait keep their places."""
         self.row = row
+        self.metrics.slo_ttft_s = row.slo_ttft_s
         self.line.cap, self.line.max_wait_s = row.max_waiting, row.max_wait_s
 
     def gauge(self, now: float, tokens: int) -> ModelGauge:
         """`tokens`: of the requests that still run."""
+        counted = self.metrics
         return ModelGauge(
-            arrivals=self.metrics.arrivals,
+            arrivals=counted.arrivals,
             waiting=len(self.line),
             oldest_wait_s=round(self.line.oldest_wait_s(now), 3),
             running=self.running,
-            done=self.metrics.done,
-            errors=self.metrics.errors,
+            done=counted.done,
+            errors=counted.errors,
             tokens=self.tokens + tokens,
+            late=counted.late,
+            firsts=sum(counted.ttft.counts),
+            ttft_sum_s=round(counted.ttft.total, 6),
+            paced=sum(counted.tpot.counts),
+            tpot_sum_s=round(counted.tpot.total, 6),
+            served=counted.served,
+            held_sum_s=round(counted.held_s, 6),
         )

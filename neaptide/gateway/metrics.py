@@ -66,17 +66,23 @@ class ModelMetrics:
         "e2e",
         "ends",
         "errors",
+        "held_s",
+        "late",
         "output",
         "prompt",
         "queue",
         "retries",
+        "served",
+        "slo_ttft_s",
         "tpot",
         "ttft",
     )
 
     def __init__(self) -> None:
         self.arrivals = self.done = self.errors = self.retries = 0
-        self.prompt = self.cached = self.output = 0
+        self.prompt = self.cached = self.output = self.late = self.served = 0
+        self.held_s = 0.0  # of those served
+        self.slo_ttft_s = 1.0
         self.ends: dict[tuple[int, str, str, str], int] = {}
         self.ttft, self.e2e, self.queue = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
         self.tpot = Histogram(TOKEN_SECONDS)
@@ -95,8 +101,20 @@ class ModelMetrics:
             self.ttft.observe(usage.ttft_s)
             if usage.tpot_s:
                 self.tpot.observe(usage.tpot_s)
-        if usage.outcome in ("error", "timeout"):
-            self.errors += 1
+        if usage.outcome == "ok":
+            self.served += 1
+            self.held_s += usage.duration_s - usage.queued_s
+            self.late += (usage.ttft_s or usage.queued_s) > self.slo_ttft_s
+        else:
+            self._count_failed(usage)
+
+    def _count_failed(self, usage: Usage) -> None:
+        """Late is what we made wait or failed; not what the client asked wrongly or left in time."""
+        failed = usage.outcome in ("error", "timeout")
+        self.errors += failed
+        waited_s = usage.ttft_s or usage.duration_s
+        left_waiting = usage.outcome == "aborted" and waited_s > self.slo_ttft_s
+        self.late += failed or left_waiting or usage.status == 429
 
     def by(self, *fields: int) -> dict[tuple[str, ...], int]:
         """Ends summed over all but these fields of their key."""
@@ -168,6 +186,7 @@ _COUNTERS = (
     ("neaptide_arrivals_total", "Requests for a model, counted at arrival.", "arrivals"),
     ("neaptide_done_total", "Requests that ended, however.", "done"),
     ("neaptide_errors_total", "Requests that the replica or the gateway failed.", "errors"),
+    ("neaptide_late_total", "Requests without a first token within the SLO.", "late"),
     ("neaptide_retries_total", "Requests sent again to a replica.", "retries"),
     ("vllm:prompt_tokens_total", "Prompt tokens.", "prompt"),
     ("neaptide_cached_tokens_total", "Prompt tokens served from a prefix cache.", "cached"),
