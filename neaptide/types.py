@@ -232,6 +232,16 @@ class Load(Struct, frozen=True, kw_only=True):
     service_s: float = float("nan")  # mean of those served: how long they held their slot
 
 
+class Steps(Struct, frozen=True, kw_only=True):
+    """Running sums over an engine's steps, the latest weighing most: enough to fit a step's time to its batch."""
+
+    n: float = 0.0
+    batch: float = 0.0
+    batch2: float = 0.0  # of its square
+    step_s: float = 0.0
+    batch_step_s: float = 0.0  # of batch x step_s
+
+
 class Traits(Struct, frozen=True, kw_only=True):
     """What one replica can do, within the SLO. Capacity is slots / service_s requests/s."""
 

@@ -12,10 +12,12 @@ from neaptide.engine.protocol import Description
 from neaptide.engine.requests import Job
 from neaptide.link import LoadReport
 from neaptide.observe.histogram import Histogram
+from neaptide.types import Steps
 
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 REQUEST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
 RECENT_STEPS = 101
+STEP_KEPT = 0.9995  # of the sums at each step: about the last 2,000 steps count
 
 
 class Meters:
@@ -29,6 +31,7 @@ class Meters:
         self.itl, self.step_time = Histogram(TOKEN_S), Histogram(TOKEN_S)
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._median: float | None = 0.0
+        self._n = self._batch = self._batch2 = self._step_s = self._batch_step_s = 0.0  # see steps_told
 
     def step(self, step_s: float, batch: int) -> None:
         self.steps += 1
@@ -36,6 +39,20 @@ class Meters:
         if batch:
             self._recent.append(step_s)
             self._median = None
+            self._n = self._n * STEP_KEPT + 1.0
+            self._batch = self._batch * STEP_KEPT + batch
+            self._batch2 = self._batch2 * STEP_KEPT + batch * batch
+            self._step_s = self._step_s * STEP_KEPT + step_s
+            self._batch_step_s = self._batch_step_s * STEP_KEPT + batch * step_s
+
+    def steps_told(self) -> Steps:
+        return Steps(
+            n=self._n,
+            batch=self._batch,
+            batch2=self._batch2,
+            step_s=self._step_s,
+            batch_step_s=self._batch_step_s,
+        )
 
     def median_step_s(self) -> float:
         if self._median is None:

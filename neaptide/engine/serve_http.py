@@ -189,7 +189,10 @@ class Pages:
     async def about(self, request: Request) -> Response:
         """What control shows of a replica: its start, what it can do, how busy it is."""
         service = self._service
-        return _json({"stages": self._stages, "description": service.description, "load": service.load()})
+        steps = service.meters.steps_told()
+        return _json(
+            {"stages": self._stages, "description": service.description, "load": service.load(), "steps": steps}
+        )
 
 
 def application(service: Service, stages: dict[str, float]) -> Starlette:

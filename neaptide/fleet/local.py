@@ -22,7 +22,7 @@ from neaptide.fleet.state import StateDir
 from neaptide.link import LoadReport
 from neaptide.specs import ReplicaSpec
 from neaptide.table import ReplicaRow
-from neaptide.types import Deployment, Launch, Replica, ReplicaState
+from neaptide.types import Deployment, Launch, Replica, ReplicaState, Steps
 
 MODULE = "neaptide.engine.replica"
 PROBE_STARTING_S = 0.05
@@ -48,6 +48,7 @@ class About(msgspec.Struct):
     stages: dict[str, float] = {}
     description: Traits | None = None
     load: LoadReport | None = None
+    steps: Steps = Steps()
 
 
 class Watched:
