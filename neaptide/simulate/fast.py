@@ -1,0 +1,277 @@
+"""The fast-forward tier: the exact one's engine, but steps in which nobody comes, goes or starts are one jump.
+
+    k steps last   k base + growth k (k - 1) / 2      base: the first of them; growth: what each next one takes more
+
+Nothing is done a token. `count` counts the steps since the beginning: who has its first token at count v and wants n
+more is done at v + n, so a heap of such numbers tells the next end, and nobody in it need be touched meanwhile.
+Contexts are one sum. KV memory is counted in tokens, half a block more for each request, where the exact tier counts
+blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
+
+from neaptide.simulate.engine import Book, Traits, could_hold, memory
+from neaptide.simulate.steps import Piece, pairs_of, piece_at
+
+ID_BITS = 32  # a heap's number is (count at which it is done) << ID_BITS | id: integers compare quicker than tuples
+ID_MASK = (1 << ID_BITS) - 1
+
+
+class Fast:
+    """Implements Engine."""
+
+    __slots__ = (
+        "_base_s", "_batch_pieces", "_blocks", "_book", "_bounded", "_context", "_count", "_done", "_growth_s",
+        "_half_block", "_headroom", "_left", "_line", "_long", "_open", "_order", "_part", "_ready", "_start_s",
+        "_steps", "_tokens", "_traits", "end_s", "memory",
+    )  # fmt: skip
+
+    def __init__(self, traits: Traits, book: Book) -> None:
+        self._traits, self._book = traits, book
+        self.memory = memory(traits)
+        self._bounded = traits.kv_tokens is not None or book.prefixes is not None
+        self._headroom = math.ceil(traits.headroom * self.memory.total)
+        self._half_block = traits.kv_block_tokens // 2
+        self._batch_pieces: list[tuple[Piece, ...]] = []  # by batch, as far as they were asked for
+        self._line: deque[int] = deque()
+        self._count = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._done: list[int] = []  # heap: who decodes, by the count at which it is done
+        self._context = 0  # of all of them, the token being computed included
+        self._left = self._tokens = self._part = 0  # the prompt that has begun: still to do, in all, whose
+        self._ready: list[int] = []  # whose prompts are complete at the end of this step
+        self._blocks: dict[int, list[int]] = {}  # shared ones that a request holds
+        self._order: list[int] = []  # ids as they were admitted; some have left
+        self._steps, self._start_s, self._base_s, self._growth_s = 0, 0.0, 0.0, 0.0  # of this jump
+        self._long = False  # this jump prefills nothing but a long prompt
+        self._open = False  # who comes may cut this jump short
+        self.end_s = math.inf
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._line) + len(self._done) + len(self._ready) + (self._left > 0)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._line)
+
+    def run(self, ids: Sequence[int], times: Sequence[float], until_s: float) -> None:
+        prompt, out, most = self._book.prompt, self._book.out, self.memory.total
+        line, settle, compose = self._line, self._settle, self._compose
+        for id, now_s in zip(ids, times):
+            while self.end_s <= now_s:
+                settle()
+                compose()
+            if prompt[id] + out[id] > most and not could_hold(self._traits, self.memory, prompt[id], out[id]):
+                continue  # refused: never served
+            line.append(id)
+            if self._open:
+                self._cut(now_s)
+            elif self.end_s == math.inf:
+                self._start_s = now_s
+                compose()
+        while self.end_s <= until_s:
+            settle()
+            compose()
+
+    def drop(self, now_s: float) -> list[int]:
+        self.run((), (), now_s)
+        book, ran = self._book, int(self._ran(now_s)) if self._done else 0
+        batch = [key & ID_MASK for key in sorted(self._done)]
+        for key in self._done:
+            id = key & ID_MASK
+            book.made[id] = book.out[id] - ((key >> ID_BITS) - self._count - ran)
+        dropped = batch + self._ready + ([self._part] if self._left else []) + list(self._line)
+        self._line.clear()
+        self.memory = memory(self._traits)
+        self._reset()
+        return dropped
+
+    # --------------------------------------------------------------------------------------------- a jump
+
+    def _compose(self) -> None:
+        """Put the next steps together, from `_start_s` on, and say when they end."""
+        squeezed = False
+        if self._bounded and self._done:
+            squeezed = self._make_room()
+        done, tokens, pairs, most = self._done, 0, 0.0, 1 << 60
+        self._long = False
+        if self._line or self._left:
+            tokens, pairs, most = self._fill(squeezed)
+        batch = len(done)
+        if not batch and not tokens:
+            self.end_s, self._open = math.inf, False
+            return
+        traits = self._traits
+        _, at_zero_s, per_token_s = piece = self._piece(batch)
+        steps = most
+        if batch:
+            steps = min(most, (done[0] >> ID_BITS) - self._count)
+            if self._bounded:
+                steps = min(steps, max(1, 1 + self.memory.free // batch))
+            if piece.until != math.inf:
+                steps = min(steps, max(1, math.ceil((piece.until - self._context) / batch)))
+        base_s, growth_s = at_zero_s + per_token_s * self._context, per_token_s * batch
+        if tokens:
+            base_s += traits.step.prefill_token_s * tokens + traits.step.prefill_pair_s * pairs
+            if self._long:
+                self._left -= steps * tokens
+                growth_s += traits.step.prefill_pair_s * tokens * tokens
+        self._open = not tokens and steps > 1 and not self._line and batch < traits.max_batch
+        self._steps, self._base_s, self._growth_s = steps, base_s, growth_s
+        self.end_s = self._start_s + steps * base_s + growth_s * (steps * (steps - 1) // 2)
+
+    def _settle(self) -> None:
+        """The jump has ended: who is done leaves, who is past the prompt has the first token."""
+        now_s = self._start_s = self.end_s
+        done, book, steps = self._done, self._book, self._steps
+        self._count = count = self._count + steps
+        if done:
+            self._context += len(done) * steps
+            if self._bounded:
+                self.memory.take(len(done) * (steps - 1))
+            end = (count + 1) << ID_BITS
+            while done and done[0] < end:
+                id = heappop(done) & ID_MASK
+                self._context -= book.prompt[id] + book.out[id]
+                self._finish(id, now_s)
+        if self._ready:
+            for id in self._ready:
+                made = book.made[id]
+                if not made:
+                    book.first_s[id] = now_s
+                if self._bounded:
+                    self._learn(id)
+                left = book.out[id] - made - 1
+                if left:
+                    heappush(done, (count + left) << ID_BITS | id)
+                    self._context += book.prompt[id] + made + 1
+                else:
+                    self._finish(id, now_s)
+            self._ready = []
+
+    def _finish(self, id: int, now_s: float) -> None:
+        self._book.finish_s[id] = now_s
+        if self._bounded:
+            self._release(id, self._book.prompt[id] + self._book.out[id] - 1)
+
+    def _cut(self, now_s: float) -> None:
+        """Somebody has come who can join: the jump ends with the step that runs now."""
+        steps = max(1, math.ceil(self._ran(now_s)))
+        if steps < self._steps:
+            self._steps = steps
+            self.end_s = self._start_s + steps * self._base_s + self._growth_s * (steps * (steps - 1) // 2)
+        self._open = False
+
+    def _ran(self, now_s: float) -> float:
+        """Steps of this jump until now: x (base - growth / 2) + x^2 growth / 2 = elapsed, without cancellation."""
+        elapsed_s = now_s - self._start_s
+        slope = self._base_s - self._growth_s / 2
+        root = math.sqrt(max(0.0, slope * slope + 2 * self._growth_s * elapsed_s))
+        return 2 * elapsed_s / (slope + root)
+
+    def _piece(self, batch: int) -> Piece:
+        known = self._batch_pieces
+        while len(known) <= batch:
+            known.append(self._traits.step.pieces(len(known)))
+        pieces = known[batch]
+        return pieces[0] if len(pieces) == 1 else piece_at(pieces, self._context)
+
+    # --------------------------------------------------------------------------------------------- prompts
+
+    def _fill(self, squeezed: bool) -> tuple[int, float, int]:
+        """Prompt tokens of a step, the pairs that they attend, and for how many steps it can go on like this."""
+        chunk = budget = self._traits.chunk_tokens
+        pairs = 0.0
+        while budget:
+            if not self._left and (squeezed or not self._line or not self._admit()):
+                break
+            left = self._left
+            if left > budget:
+                before = self._tokens - left
+                if budget == chunk:
+                    self._long = True
+                    return chunk, pairs_of(chunk, before), (left - 1) // chunk
+                self._left = left - budget
+                return chunk, pairs + pairs_of(budget, before), 1
+            pairs += pairs_of(left, self._tokens - left)
+            self._ready.append(self._part)
+            budget -= left
+            self._left = 0
+        return chunk - budget, pairs, 1 if budget < chunk else 1 << 60
+
+    def _admit(self) -> bool:
+        """The first in line begins, if there is room for it."""
+        batch = len(self._done) + len(self._ready)
+        if batch >= self._traits.max_batch:
+            return False
+        id = self._line[0]
+        tokens = left = self._book.prompt[id] + self._book.made[id]
+        if self._bounded:
+            wanted = self._book.wanted(id, self._traits.prefix_block_tokens)
+            known = wanted[: self.memory.known(wanted)]
+            left -= len(known) * self.memory.block_tokens
+            private = left + self._half_block
+            if batch and private + self._headroom > self.memory.free_beside(known):
+                return False
+            self.memory.hold(known)
+            self.memory.take(private)
+            self._order.append(id)
+            if known:
+                self._blocks[id] = known
+            if not self._book.made[id]:
+                self._book.cached[id] = tokens - left
+        self._line.popleft()
+        self._part, self._tokens, self._left = id, tokens, left
+        return True
+
+    # --------------------------------------------------------------------------------------------- memory
+
+    def _make_room(self) -> bool:
+        """A token of KV for each that decodes; was somebody put back for it?"""
+        squeezed = False
+        while self.memory.free < len(self._done) and len(self._done) + (self._left > 0) > 1:
+            self._put_back()
+            squeezed = True
+        self.memory.take(len(self._done))
+        return squeezed
+
+    def _put_back(self) -> None:
+        """Who was admitted last, to the head of the line."""
+        book = self._book
+        if self._left:
+            id, self._left = self._order.pop(), 0
+            held = book.prompt[id] + book.made[id]
+        else:
+            there = {key & ID_MASK: at for at, key in enumerate(self._done)}
+            while (id := self._order.pop()) not in there:
+                pass
+            key = self._done[there[id]]
+            self._done[there[id]] = self._done[-1]
+            self._done.pop()
+            heapify(self._done)
+            book.made[id] = book.out[id] - ((key >> ID_BITS) - self._count)
+            held = book.prompt[id] + book.made[id] - 1
+            self._context -= held + 1
+        book.preempted[id] += 1
+        self._release(id, held)
+        self._line.appendleft(id)
+
+    def _learn(self, id: int) -> None:
+        """Its prompt's blocks are there for others now."""
+        shareable = self._book.shareable(id, self._traits.prefix_block_tokens)
+        if shareable:
+            held = self._blocks.get(id, [])
+            self._blocks[id] = held + self.memory.share(shareable[len(held) :])
+
+    def _release(self, id: int, tokens: int) -> None:
+        blocks = self._blocks.pop(id, [])
+        self.memory.give(tokens + self._half_block - len(blocks) * self.memory.block_tokens)
+        self.memory.release(blocks)
