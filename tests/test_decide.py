@@ -14,7 +14,7 @@ from neaptide.types import Carry, Deployment, Launch, Plan, Replica, ReplicaStat
 
 def deployment(n: int = 1, revision: str = "r1", model: str = "m") -> Deployment:
     return Deployment(
-        model=model, stable=Revision(id=revision, model=model, source=""), scale=Scale(min=n, max=max(n, 1))
+        model=model, stable=Revision(id=revision, model=model, source=""), scale=Scale(min=n, max=n)
     )
 
 

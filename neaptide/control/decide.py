@@ -1,41 +1,52 @@
-"""What the fleet should be: a pure function of a snapshot. The simulator will call the same one.
+"""What the fleet should be: a pure function of a snapshot. The simulator's policies are the ones that are asked.
 
-The floor holds fixed counts (`scale.min`); what moves them comes with the tide. A new revision is rolled by surge: its
-replicas start beside the old ones, which drain once the new are ready. A replica that dies is started again after a
-pause that doubles with each death in a row and is forgiven once a successor has lived for STEADY_S.
+How many replicas a model should have is `size`'s to say where its count may change (`scale.min` elsewhere). A new
+revision is rolled by surge: its replicas start beside the old ones, which drain once the new are ready. A replica that
+dies, or never gets ready, is started again after a pause that doubles with each death in a row and is forgiven once a
+successor has lived for STEADY_S.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from neaptide.types import Carry, Deployment, Launch, Plan, Replica, Snapshot
+from neaptide.control.reasons import choice
+from neaptide.control.size import Case, Fleet, Sized, size
+from neaptide.types import Carry, Choice, Deployment, Launch, Plan, Replica, Snapshot, Traits
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 STEADY_S = 30.0
+STUCK_S, STUCK_STARTS = 300.0, 5.0  # a launch that is not ready after both will never be
 
 
 def decide(snapshot: Snapshot, carry: Carry) -> tuple[Plan, Carry]:
     """The plan for now and what to remember. No clock, no I/O; every launch, drain and hold has its reason."""
     carry = _remember(snapshot, carry)
-    launches: list[Launch] = []
-    drains: list[str] = []
-    reasons: list[str] = []
+    steps: list[Step] = []
     taken = {r.id for r in snapshot.replicas if r.state != "dead"}
+    policies: dict[str, bytes] = {}
+    wanted: dict[str, int] = {}
     for deployment in snapshot.deployments:
-        mine = [r for r in snapshot.replicas if r.deployment == deployment.model]
-        new, why = _launches(deployment, mine, taken, carry, snapshot.now_s)
-        old, why_drain = _drains(deployment, mine)
-        launches += new
-        drains += old
-        reasons += why + why_drain
-    known = {d.model for d in snapshot.deployments}
-    for replica in snapshot.replicas:
-        if replica.deployment not in known and replica.state in ("starting", "ready"):
-            drains.append(replica.id)
-            reasons.append(f"{replica.id}: drain, {replica.deployment} is no longer configured")
-    return Plan(launches=tuple(launches), drains=tuple(drains), reasons=tuple(reasons)), carry
+        stuck = {r.id for r in snapshot.replicas if is_stuck(r, deployment, snapshot)}
+        mine = [r for r in snapshot.replicas if r.deployment == deployment.model and r.id not in stuck]
+        sized, fleet = None, _fleet(deployment, mine, carry)
+        if is_elastic(deployment, snapshot):
+            sized = size(_case(deployment, fleet, snapshot, carry), carry.policies.get(deployment.model))
+            policies[deployment.model], wanted[deployment.model] = sized.memory, sized.wanted
+        steps.append(_step(deployment, mine, sized, fleet, stuck, taken, carry, snapshot))
+    gone, why = _unknown(snapshot)
+    plan = Plan(
+        launches=tuple(x for s in steps for x in s.launches),
+        drains=(*(x for s in steps for x in s.drains), *gone),
+        reasons=(*(x for s in steps for x in s.reasons), *why),
+        choices=tuple(s.choice for s in steps if s.choice is not None),
+        stuck=tuple(x for s in steps for x in s.stuck),
+    )
+    kept = Carry(failures=carry.failures, not_before_s=carry.not_before_s, policies=policies, wanted=wanted)
+    return plan, kept
 
 
 def pause_s(failures: int) -> float:
@@ -43,12 +54,88 @@ def pause_s(failures: int) -> float:
     return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (failures - 1)) if failures else 0.0
 
 
+def is_elastic(deployment: Deployment, snapshot: Snapshot) -> bool:
+    """Whether its count may change. Between equal bounds there is nothing to decide and nothing to say."""
+    return deployment.scale.max > deployment.scale.min or deployment.model in snapshot.overrides
+
+
+def is_stuck(replica: Replica, deployment: Deployment, snapshot: Snapshot) -> bool:
+    cold_start_s = snapshot.traits.get(deployment.model, Traits()).cold_start_s
+    limit_s = max(STUCK_S, STUCK_STARTS * cold_start_s)
+    mine = replica.deployment == deployment.model and replica.state == "starting"
+    return mine and snapshot.now_s - replica.started_s > limit_s
+
+
+# --- one deployment ---------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """What is done for one deployment, and why."""
+
+    launches: list[Launch]
+    drains: list[str]
+    reasons: list[str]
+    stuck: list[str]
+    choice: Choice | None
+
+
+def _step(
+    deployment: Deployment,
+    mine: list[Replica],
+    sized: Sized | None,
+    fleet: Fleet,
+    stuck: set[str],
+    taken: set[str],
+    carry: Carry,
+    snapshot: Snapshot,
+) -> Step:
+    want = sized.wanted if sized else deployment.scale.min
+    launches, why = _launches(deployment, want, mine, taken, carry, snapshot.now_s)
+    drains, why_drain = _drains(deployment, want, mine)
+    said = None
+    if sized is not None or launches or drains:
+        asked = sized.asked if sized else None
+        wait = why[0] if why and not launches else ""
+        said = choice(_case(deployment, fleet, snapshot, carry), asked, bool(launches), bool(drains), wait, snapshot)
+    never = [f"{id}: stop, it never got ready and counts as dead" for id in sorted(stuck)]
+    return Step(launches, [*sorted(stuck), *drains], [*never, *why, *why_drain], sorted(stuck), said)
+
+
+def _case(deployment: Deployment, fleet: Fleet, snapshot: Snapshot, carry: Carry) -> Case:
+    model = deployment.model
+    return Case(
+        deployment=deployment,
+        fleet=fleet,
+        load=snapshot.loads.get(model),
+        traits=snapshot.traits.get(model, Traits()),
+        now_s=snapshot.now_wall_s or snapshot.now_s,
+        override=snapshot.overrides.get(model),
+        last=carry.wanted.get(model),
+    )
+
+
+def _fleet(deployment: Deployment, mine: list[Replica], carry: Carry) -> Fleet:
+    """During a rollout old replicas count only where their successors are missing."""
+    alive = [r for r in mine if r.state in ("starting", "ready")]
+    new = sum(r.revision == deployment.stable.id for r in alive)
+    most = max(new, carry.wanted.get(deployment.model, len(alive)))
+    present = min(len(alive), most)
+    ready = min(sum(r.state == "ready" for r in alive), present)
+    return Fleet(ready, present - ready)
+
+
+def _unknown(snapshot: Snapshot) -> tuple[list[str], list[str]]:
+    known = {d.model for d in snapshot.deployments}
+    gone = [r for r in snapshot.replicas if r.deployment not in known and r.state in ("starting", "ready")]
+    return [r.id for r in gone], [f"{r.id}: drain, {r.deployment} is no longer configured" for r in gone]
+
+
 def _remember(snapshot: Snapshot, carry: Carry) -> Carry:
     failures, not_before = dict(carry.failures), dict(carry.not_before_s)
     for deployment in snapshot.deployments:
         name = deployment.model
         mine = [r for r in snapshot.replicas if r.deployment == name]
-        deaths = sum(r.state == "dead" for r in mine)
+        deaths = sum(r.state == "dead" or is_stuck(r, deployment, snapshot) for r in mine)
         if deaths:
             failures[name] = failures.get(name, 0) + 1
             not_before[name] = snapshot.now_s + pause_s(failures[name])
@@ -59,6 +146,8 @@ def _remember(snapshot: Snapshot, carry: Carry) -> Carry:
     return Carry(
         failures={k: v for k, v in failures.items() if k in known},
         not_before_s={k: v for k, v in not_before.items() if k in known},
+        policies=carry.policies,
+        wanted=carry.wanted,
     )
 
 
@@ -67,20 +156,20 @@ def _steady(replicas: Iterable[Replica], now_s: float) -> bool:
 
 
 def _launches(
-    deployment: Deployment, mine: list[Replica], taken: set[str], carry: Carry, now_s: float
+    deployment: Deployment, want: int, mine: list[Replica], taken: set[str], carry: Carry, now_s: float
 ) -> tuple[list[Launch], list[str]]:
     name, revision = deployment.model, deployment.stable.id
     alive = [r for r in mine if r.revision == revision and r.state in ("starting", "ready")]
-    missing = deployment.scale.min - len(alive)
+    missing = want - len(alive)
     if missing <= 0:
         return [], []
-    wait_s = carry.not_before_s.get(name, 0.0) - now_s
+    wait_s = carry.not_before_s.get(name, -math.inf) - now_s
     if wait_s > 0:
         deaths = carry.failures.get(name, 0)
         return [], [f"{name}: hold, {missing} missing, next start in {wait_s:.1f} s after {deaths} deaths in a row"]
     launches = [Launch(deployment=name, replica=_free_id(name, taken), epoch=0) for _ in range(missing)]
     ids = ", ".join(x.replica for x in launches)
-    return launches, [f"{name}: start {ids}, {len(alive)} of {deployment.scale.min} of revision {revision} are there"]
+    return launches, [f"{name}: start {ids}, {len(alive)} of {want} of revision {revision} are there"]
 
 
 def _free_id(name: str, taken: set[str]) -> str:
@@ -93,8 +182,8 @@ def _free_id(name: str, taken: set[str]) -> str:
     return f"{safe}-{n}"
 
 
-def _drains(deployment: Deployment, mine: list[Replica]) -> tuple[list[str], list[str]]:
-    revision, want = deployment.stable.id, deployment.scale.min
+def _drains(deployment: Deployment, want: int, mine: list[Replica]) -> tuple[list[str], list[str]]:
+    revision = deployment.stable.id
     ready = [r for r in mine if r.revision == revision and r.state == "ready"]
     old = [r for r in mine if r.revision != revision and r.state in ("starting", "ready")]
     out: list[str] = []

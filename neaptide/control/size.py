@@ -1,0 +1,303 @@
+"""How many replicas a model should have: its policy, then what a person set, then the bounds; and why, in words.
+
+    asked     the policy's count at each beat; the last one between beats; what is there while signals are stale
+    awake     at zero, anything that waits is one replica at once; to zero only after as much idle time as a start costs
+    calendar  while an event is near or on: at least its factor times the usual
+    override  `neaptide scale set`: stands above all of these
+    clamped   budget an hour, then max, then min
+
+Pure: the policy's arrays are copied out of bytes and packed into new ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+from msgspec.structs import replace
+
+from neaptide.config import span_s
+from neaptide.control.memory import Memory, pack, state_of, unpack
+from neaptide.control.peers.table import PEERS
+from neaptide.control.policy import Policy, State
+from neaptide.control.thresholds import SeenLive, Thresholds
+from neaptide.types import Deployment, Load, Override, Scale, Traits
+
+TICK_S = 1.0  # the loop's beat: what a policy is told a tick is
+BEAT_S = 0.9  # signals that cover less are of a tick between two beats
+STALE_S = 5.0
+LONGEST_TICK_S = 60 * TICK_S  # more has passed: the machine was suspended, and the counts say nothing
+IDLE_STARTS, IDLE_S = 5.0, 10.0  # cold starts, and seconds, after which a policy that never wants zero is sent there
+USUAL_S = 3600.0
+
+
+class Fleet(NamedTuple):
+    """Replicas that count for the size; in a rollout, old ones whose successors start are not counted twice."""
+
+    ready: int
+    starting: int
+
+    @property
+    def present(self) -> int:
+        return self.ready + self.starting
+
+
+class Case(NamedTuple):
+    """One model at one tick."""
+
+    deployment: Deployment
+    fleet: Fleet
+    load: Load | None
+    traits: Traits
+    now_s: float  # the policies' time
+    override: Override | None = None
+    last: int | None = None  # the count decided last
+
+    @property
+    def scale(self) -> Scale:
+        return self.deployment.scale
+
+
+class Asked(NamedTuple):
+    """A count and its reason on the way to the end; `policy`: what the policy itself wanted."""
+
+    replicas: int
+    why: str
+    policy: int
+    clamp: str = ""
+
+
+class Sized(NamedTuple):
+    asked: Asked
+    memory: bytes
+
+    @property
+    def wanted(self) -> int:
+        return self.asked.replicas
+
+
+def size(case: Case, raw: bytes | None) -> Sized:
+    """The count for now. `raw`: what was remembered; Sized.memory is what to remember."""
+    policy = policy_of(case.scale, case.deployment.slo.attainment)
+    memory = unpack(raw, key_of(case.scale)) or Memory(policy=key_of(case.scale), busy_s=case.now_s)
+    if _is_busy(case.load):
+        memory = replace(memory, busy_s=case.now_s)
+    asked, memory, packed = _asked(case, policy, memory)
+    if not is_stale(case.load):
+        asked = _awake(case, policy, memory, asked)
+        asked = _calendar(case, memory, asked)
+    if case.override is not None:
+        asked = _overridden(case.override, asked)
+    return Sized(_clamped(case.scale, asked), packed)
+
+
+def policy_name(scale: Scale) -> str:
+    return "fixed" if scale.min == scale.max else scale.policy
+
+
+def key_of(scale: Scale) -> str:
+    """Whose memory it is: the arrays of `thresholds` have a row a rule."""
+    return f"{scale.policy}:{len(scale.rules)}" if scale.rules else scale.policy
+
+
+@functools.lru_cache(maxsize=256)
+def policy_of(scale: Scale, attainment: float) -> Policy | None:
+    """The policy that decides between min and max; None for `fixed`."""
+    bounds = {"min_replicas": scale.min, "max_replicas": max(scale.max, 1)}
+    if scale.policy == "fixed" or scale.min == scale.max:
+        return None
+    if scale.policy == "thresholds":
+        return Thresholds(scale.rules, **bounds)
+    if scale.policy == "slo":
+        return _slo(attainment, bounds)
+    published = PEERS[scale.policy]
+    return published.policy(published.default if scale.target is None else scale.target, **bounds)
+
+
+def _slo(attainment: float, bounds: dict[str, int]) -> Policy | None:
+    return None
+
+
+def is_stale(load: Load | None) -> bool:
+    return load is None or load.age_s > STALE_S or load.tick_s > LONGEST_TICK_S
+
+
+def _is_busy(load: Load | None) -> bool:
+    return load is not None and not is_stale(load) and bool(load.waiting or load.running or load.arrivals)
+
+
+# --- what the policy says ---------------------------------------------------------------------------------------------
+
+
+def _asked(case: Case, policy: Policy | None, memory: Memory) -> tuple[Asked, Memory, bytes]:
+    load = case.load
+    held = case.last if case.last is not None else max(case.fleet.present, case.scale.min)
+    if load is None or is_stale(load):
+        why = _stale_words(load)
+        return Asked(held, why, held), memory, pack(memory)
+    if policy is None:
+        asked = Asked(case.scale.min, f"{case.scale.policy} keeps min", case.scale.min)
+        return asked, memory, pack(memory)
+    if load.tick_s < BEAT_S:
+        count = memory.wanted if memory.wanted is not None else held
+        return Asked(count, f"{case.scale.policy} decides at the next beat", count), memory, pack(memory)
+    return _stepped(case, policy, memory, load)
+
+
+def _stepped(case: Case, policy: Policy, memory: Memory, load: Load) -> tuple[Asked, Memory, bytes]:
+    state = state_of(memory) if memory.arrays else policy.start()
+    seen = seen_of(case, load)
+    policy.observe(seen, state)
+    count = memory.wanted
+    waits_s = memory.next_s - case.now_s
+    if count is None or waits_s <= 1e-9 or waits_s > policy.every_s + TICK_S:  # the last: remembered from a later time
+        count = round(float(policy.want(seen, state)[0]))
+        memory = replace(memory, next_s=case.now_s + policy.every_s - TICK_S / 2, wanted=count)
+    memory = _usual(case, memory, count, load)
+    why = _policy_words(case, policy, seen, state, count)
+    return Asked(count, why, count), memory, pack(memory, state)
+
+
+def seen_of(case: Case, load: Load) -> SeenLive:
+    """One lane; arrivals as a tick's share where the tick was longer or shorter, so that rates are right."""
+    traits = case.traits
+
+    def lane(value: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        return np.array([value], dtype=np.float64)
+
+    return SeenLive(
+        now_s=case.now_s,
+        tick_s=TICK_S,
+        arrivals=lane(load.arrivals * TICK_S / load.tick_s),
+        in_flight=lane(load.waiting + load.running),
+        waiting=lane(load.waiting),
+        ready=lane(case.fleet.ready),
+        starting=lane(case.fleet.starting),
+        capacity_rps=traits.slots / traits.service_s,
+        slots=traits.slots,
+        cold_start_s=traits.cold_start_s,
+        slack_s=case.deployment.slo.ttft_s,
+        load=load,
+    )
+
+
+def _usual(case: Case, memory: Memory, count: int, load: Load) -> Memory:
+    """The policy's mean count, while no event distorts it."""
+    if not case.scale.calendar or _events(case)[0]:
+        return memory
+    spent_s = min(memory.usual_s + load.tick_s, USUAL_S)
+    usual = memory.usual + load.tick_s / spent_s * (count - memory.usual)
+    return replace(memory, usual=usual, usual_s=spent_s)
+
+
+# --- what stands above it ---------------------------------------------------------------------------------------------
+
+
+def _awake(case: Case, policy: Policy | None, memory: Memory, asked: Asked) -> Asked:
+    """To zero and back, whatever the policy says."""
+    load = case.load
+    if load is None or case.scale.min > 0:
+        return asked
+    if load.waiting and not case.fleet.present:
+        return asked._replace(
+            replicas=max(asked.replicas, 1), why=f"{_requests(load.waiting)} waiting and no replica there or starting"
+        )
+    idle_s, never = case.now_s - memory.busy_s, never_zero(policy)
+    after_s = max(IDLE_S, IDLE_STARTS * case.traits.cold_start_s) if never else case.traits.cold_start_s
+    if not case.fleet.present:
+        count = 0 if never else asked.replicas
+        return asked._replace(replicas=count, why=asked.why if count else "nothing waits; a request would start one")
+    if idle_s > after_s and (never or asked.replicas == 0):
+        return asked._replace(
+            replicas=0, why=f"nothing came for {idle_s:.1f} s, longer than the {after_s:.1f} s a start is worth"
+        )
+    if asked.replicas == 0:
+        why = f"idle for {idle_s:.1f} s; goes to 0 after {after_s:.1f} s, which a start is worth"
+        return asked._replace(replicas=1, why=why)
+    return asked
+
+
+def never_zero(policy: Policy | None) -> bool:
+    """Whether this is a published policy that never wants zero itself."""
+    return bool(getattr(policy, "never_zero", False))
+
+
+def _calendar(case: Case, memory: Memory, asked: Asked) -> Asked:
+    names, factor = _events(case)
+    floor = math.ceil(memory.usual * factor - 1e-9)
+    if not names or floor <= asked.replicas:
+        return asked
+    return asked._replace(
+        replicas=floor, why=f"the calendar expects {factor:g} times the usual {memory.usual:.1f} ({names})"
+    )
+
+
+def _events(case: Case) -> tuple[str, float]:
+    """The events that are on, or begin within two cold starts and a minute: their names, their factors' product."""
+    names, factor = [], 1.0
+    ahead_s = 2 * case.traits.cold_start_s + 60.0
+    for event in case.scale.calendar:
+        start_s, end_s = span_s(event)
+        if start_s - ahead_s <= case.now_s < end_s:
+            names.append(event.name or event.start)
+            factor *= event.factor
+    return ", ".join(names), factor
+
+
+def _overridden(override: Override, asked: Asked) -> Asked:
+    by = f" by {override.by}" if override.by else ""
+    return asked._replace(replicas=override.count, why=f"set to {override.count}{by}", clamp="override")
+
+
+def _clamped(scale: Scale, asked: Asked) -> Asked:
+    if scale.budget_per_hour is not None and scale.price_per_hour > 0:
+        paid = int(scale.budget_per_hour / scale.price_per_hour + 1e-9)
+        asked = _bounded(
+            asked,
+            min(asked.replicas, paid),
+            "budget",
+            f"the budget of {scale.budget_per_hour:g} an hour pays for {paid}",
+        )
+    asked = _bounded(asked, min(asked.replicas, scale.max), "max", f"max is {scale.max}")
+    return _bounded(asked, max(asked.replicas, scale.min), "min", f"min is {scale.min}")
+
+
+def _bounded(asked: Asked, count: int, clamp: str, why: str) -> Asked:
+    return (
+        asked if count == asked.replicas else asked._replace(replicas=count, clamp=clamp, why=f"{asked.why}, but {why}")
+    )
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _policy_words(case: Case, policy: Policy, seen: SeenLive, state: State, count: int) -> str:
+    """What it wants for what, and, where it changes nothing, what would."""
+    rate, flight = seen.arrivals[0] / seen.tick_s, seen.in_flight[0]
+    said = f"{case.scale.policy} wants {count} for {rate:.1f} requests/s and {flight:.0f} in flight"
+    if count != case.fleet.present:
+        return said
+    explain = getattr(policy, "explain", None)
+    if explain is not None:
+        return f"{said}; {explain(seen, state)}"
+    share = getattr(policy, "u", None)
+    if share is None:
+        return said
+    per = seen.slots if getattr(policy, "signal", "") == "in_flight" else seen.capacity_rps
+    unit = "in flight" if getattr(policy, "signal", "") == "in_flight" else "requests/s"
+    full = float(share[0]) * per
+    return f"{said}; {count} are meant for {full * count:.1f} {unit}, one fewer for {full * max(count - 1, 0):.1f}"
+
+
+def _stale_words(load: Load | None) -> str:
+    if load is None:
+        return "no gateway has told of it yet, so the count holds"
+    if load.age_s > STALE_S:
+        return f"the signals are {load.age_s:.1f} s old, so the count holds until every gateway speaks"
+    return f"{load.tick_s:.0f} s passed since the last tick, so the count holds for one"
+
+
+def _requests(n: int) -> str:
+    return f"{n} request{'s' if n != 1 else ''}"
