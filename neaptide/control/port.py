@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from neaptide.errors import NeaptideError
-from neaptide.types import Priority, ReplicaState, Scale, Slo, Usage
+from neaptide.types import Choice, Override, Priority, ReplicaState, Scale, Slo, Traits, Usage
 
 GroupBy = Literal["model", "key", "tenant", "project", "day", "outcome"]
 
@@ -175,10 +175,76 @@ class Decision(Answer, frozen=True):
     reasons: tuple[str, ...] = ()
     launches: tuple[str, ...] = ()  # replica ids
     drains: tuple[str, ...] = ()
+    choices: tuple[Choice, ...] = ()  # a model each, of those whose count may change
 
 
 class Decisions(Answer, frozen=True):
     rows: tuple[Decision, ...]  # newest first
+
+
+# --- scaling ----------------------------------------------------------------------------------------------------------
+
+
+class ScaleRow(Answer, frozen=True):
+    """How many replicas a model has, should have, and why. None: not known."""
+
+    model: str
+    scalable: bool  # false where somebody else runs the replicas
+    policy: str
+    ready: int
+    starting: int
+    wanted: int
+    min: int
+    max: int
+    arrivals_per_s: float | None = None  # at the last tick
+    in_flight: int | None = None
+    capacity_rps: float = 0.0  # of one replica
+    traits: Traits = Traits()
+    stages: tuple[Stage, ...] = ()  # of a start, on average
+    starts: int = 0  # that were measured
+    override: Override | None = None
+    clamp: str = ""  # budget | max | min | override: what stands above the policy
+    sentence: str = ""
+    cost_per_hour: float | None = None  # of what is there; None: no price is known
+
+
+class Scales(Answer, frozen=True):
+    currency: str
+    rows: tuple[ScaleRow, ...]
+
+
+class ChoiceRow(Answer, frozen=True):
+    wall_s: float
+    choice: Choice
+
+
+class Choices(Answer, frozen=True):
+    rows: tuple[ChoiceRow, ...]  # newest first
+
+
+class NewOverride(Ask, frozen=True):
+    model: str
+    replicas: int
+    for_s: float = 3600.0
+    by: str = ""
+
+
+class ShadowRow(Answer, frozen=True):
+    """What a day of a model was, or would have been under another policy."""
+
+    day: str  # YYYY-MM-DD, UTC
+    model: str
+    policy: str
+    real: bool  # what ran; the others are imagined on the same arrivals
+    replica_hours: float
+    cost: float | None = None  # None: no price is known
+    arrivals: float = 0.0
+    attainment: float | None = None  # share of the arrivals that were not late; None: none came
+
+
+class Shadows(Answer, frozen=True):
+    currency: str
+    rows: tuple[ShadowRow, ...]  # newest day first
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -297,6 +363,18 @@ class ControlPort(Protocol):
     async def decisions(self, limit: int) -> Decisions: ...
 
     async def models(self) -> Models: ...
+
+    async def scales(self) -> Scales: ...
+
+    async def choices(self, model: str, limit: int) -> Choices:
+        """Why a model's count is what it is, the latest first; "" for all models. NotFoundError."""
+
+    async def set_override(self, new: NewOverride) -> ScaleRow:
+        """A count that holds for a while, restarts included. NotFoundError; AdminError-like 400 outside the bounds."""
+
+    async def clear_override(self, model: str) -> ScaleRow: ...
+
+    async def shadows(self, model: str, days: int) -> Shadows: ...
 
     async def keys(self) -> Keys: ...
 
