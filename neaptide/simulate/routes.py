@@ -1,0 +1,111 @@
+"""Which replica a request goes to: the gateway's own choice, and others' to compare it with."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from typing import Literal, Protocol
+
+from neaptide.gateway.route import Target, choose
+from neaptide.simulate.engine import Book
+
+RouteName = Literal["least-loaded", "round-robin", "two-choices", "prefix"]
+KNOWN_BLOCKS = 200_000  # that the prefix route remembers
+SPREAD, SLACK = 1.5, 4  # it leaves a replica that has more in flight than 1.5 x the least loaded one + 4
+
+
+class Pool:
+    """The replicas that take requests."""
+
+    def __init__(self) -> None:
+        self.targets: list[Target] = []
+        self.by_id: dict[str, Target] = {}
+
+    def add(self, target: Target) -> None:
+        self.targets.append(target)
+        self.by_id[target.row.id] = target
+
+    def remove(self, target: Target) -> None:
+        self.targets.remove(target)
+        del self.by_id[target.row.id]
+
+
+class Router(Protocol):
+    def pick(self, pool: Pool, id: int, now_s: float) -> Target | None:
+        """None: the request must wait. Whoever is picked gets it."""
+
+
+class LeastLoaded:
+    """What the gateway does."""
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def pick(self, pool: Pool, id: int, now_s: float) -> Target | None:
+        self._turn += 1
+        return choose(pool.targets, now_s, self._turn)
+
+
+class RoundRobin:
+    def __init__(self) -> None:
+        self.turn = 0  # the place of the next one
+
+    def pick(self, pool: Pool, id: int, now_s: float) -> Target | None:
+        targets = pool.targets
+        for _ in targets:
+            target = targets[self.turn % len(targets)]
+            self.turn += 1
+            if target.can_take(now_s):
+                return target
+        return None
+
+
+class TwoChoices:
+    """The less loaded of two at random."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(f"two choices {seed}")
+
+    def pick(self, pool: Pool, id: int, now_s: float) -> Target | None:
+        targets = pool.targets
+        if len(targets) < 3:
+            return choose(targets, now_s)
+        return choose(self._random.sample(targets, 2), now_s) or choose(targets, now_s)
+
+
+class PrefixAffinity:
+    """To the replica that has seen the longest part of its prompt, unless that one is much more loaded."""
+
+    def __init__(self, book: Book, block_tokens: int) -> None:
+        self._book, self._block_tokens = book, block_tokens
+        self._where: OrderedDict[int, str] = OrderedDict()  # block -> replica
+        self._turn = 0
+
+    def pick(self, pool: Pool, id: int, now_s: float) -> Target | None:
+        self._turn += 1
+        least = choose(pool.targets, now_s, self._turn)
+        if least is None:
+            return None
+        blocks = self._book.shareable(id, self._block_tokens)
+        target = self._familiar(pool, blocks, now_s, SPREAD * least.in_flight + SLACK) or least
+        for block in blocks:
+            self._where[block] = target.row.id
+            self._where.move_to_end(block)
+        while len(self._where) > KNOWN_BLOCKS:
+            self._where.popitem(last=False)
+        return target
+
+    def _familiar(self, pool: Pool, blocks: list[int], now_s: float, most: float) -> Target | None:
+        for block in reversed(blocks):
+            target = pool.by_id.get(self._where.get(block, ""))
+            if target is not None:
+                return target if target.in_flight <= most and target.can_take(now_s) else None
+        return None
+
+
+def router(name: RouteName, book: Book, block_tokens: int, seed: int) -> Router:
+    if name == "round-robin":
+        return RoundRobin()
+    if name == "two-choices":
+        return TwoChoices(seed)
+    return PrefixAffinity(book, block_tokens) if name == "prefix" else LeastLoaded()

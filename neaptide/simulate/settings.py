@@ -1,0 +1,103 @@
+"""What a request-level run simulates beside requests and policy; a msgspec struct, so that YAML can hold one."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from neaptide.simulate.cold import Stage, boot_s
+from neaptide.simulate.engine import Traits
+from neaptide.simulate.routes import RouteName
+from neaptide.simulate.spot import Spot
+from neaptide.simulate.steps import Linear, pairs_of, piece_at
+from neaptide.simulate.world import World
+
+FLUID_STEPS = 500  # in which a request of the fluid world is served
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    engine: Traits = Traits()
+    tick_s: float = 5.0  # how often the policy sees the load
+    slo_ttft_s: float = 2.0
+    slo_tpot_s: float | None = None  # a replica's capacity is what it serves within it; None: all that it can
+    in_tokens: int = 512  # of requests that tell no lengths
+    out_tokens: int = 128
+    lengths: Literal["trace", "fixed"] = "trace"  # fixed: all have these lengths, whatever the trace says
+    replicas: int | None = (
+        None  # at the beginning, or all along without a policy; None: what the first ten minutes need
+    )
+    max_replicas: int = 1000
+    capacity_rps: float | None = None  # of a replica, as the policy is told; None: from the engine and the mean lengths
+    boot: tuple[Stage, ...] = (Stage(name="start", seconds=180.0),)
+    warm_s: float = 0.0  # a node that a replica has left keeps its caches for so long
+    line: Literal["gateway", "replica"] = "gateway"  # who waits for a place in a batch waits there
+    lookahead: int = 2  # with a line in the gateway: requests that a replica gets beyond its batch
+    route: RouteName = "least-loaded"
+    lag_s: float = 0.0  # the policy sees the load as it was so long ago; its own replicas as they are
+    spot: Spot | None = None
+    billing_s: float = 1.0  # a replica is paid for whole ones of these, from its launch on; 0: to the moment
+
+    def __post_init__(self) -> None:
+        if self.tick_s <= 0 or min(self.lag_s, self.warm_s, self.billing_s, self.lookahead) < 0:
+            raise ValueError("tick_s is over 0; lag_s, warm_s, billing_s and lookahead are 0 or more")
+        if min(self.in_tokens, self.out_tokens, self.max_replicas) < 1 or (self.replicas or 0) < 0:
+            raise ValueError("in_tokens, out_tokens and max_replicas are 1 or more, replicas 0 or more")
+        if self.capacity_rps is not None and self.capacity_rps <= 0:
+            raise ValueError("capacity_rps is over 0")
+
+    @property
+    def cold_start_s(self) -> float:
+        """On a node without caches."""
+        return boot_s(self.boot, warm=False)
+
+
+class Capacity(NamedTuple):
+    """One replica's: requests/s that it serves, requests that it runs at once then."""
+
+    rps: float
+    slots: float
+
+
+def capacity(setup: Setup, in_tokens: float, out_tokens: float) -> Capacity:
+    """When requests of these mean lengths never end: the largest batch that KV memory and slo_tpot_s allow. Each of
+    its steps also prefills its share of the prompts that come for those who leave."""
+    traits = setup.engine
+    context = in_tokens + out_tokens / 2
+    prefill_s = traits.step.prefill_token_s * in_tokens + traits.step.prefill_pair_s * pairs_of(round(in_tokens), 0)
+    batch = traits.max_batch
+    if traits.kv_tokens is not None:
+        batch = max(1, min(batch, int(traits.kv_tokens * (1 - traits.headroom) / context)))
+
+    def step_s(size: int) -> float:
+        piece = piece_at(traits.step.pieces(size), context * size)
+        return piece.at_zero_s + piece.per_token_s * context * size + prefill_s * size / out_tokens
+
+    while setup.slo_tpot_s is not None and batch > 1 and step_s(batch) > setup.slo_tpot_s:
+        batch -= 1
+    rps = batch / (out_tokens * step_s(batch))
+    if setup.capacity_rps is not None:
+        return Capacity(setup.capacity_rps, min(float(batch), setup.capacity_rps * batch / rps))
+    return Capacity(rps, float(batch))
+
+
+def of_world(world: World, capacity_rps: float) -> Setup:
+    """The fluid tier's world, request by request: each holds one of capacity x service places for service_s, nothing
+    depends on the batch, and the line is the gateway's. TTFT is the wait and up to two steps of 1/500 service."""
+    step_s = world.service_s / FLUID_STEPS
+    slots = max(1, round(capacity_rps * world.service_s))
+    traits = Traits(
+        step=Linear(base_s=step_s), max_batch=slots, chunk_tokens=slots, kv_tokens=None, prefix_block_tokens=0
+    )  # fmt: skip
+    return Setup(
+        engine=traits,
+        tick_s=world.tick_s,
+        slo_ttft_s=world.slack_s + 1.5 * step_s,
+        in_tokens=1,
+        out_tokens=FLUID_STEPS,
+        lengths="fixed",
+        capacity_rps=capacity_rps,
+        boot=(Stage(name="start", seconds=world.cold_start_s),),
+        lookahead=0,
+        billing_s=0.0,
+    )
