@@ -3,4 +3,8 @@ before it may decide live. Nothing here serves anybody; docs/decisions/0020 hold
 
     formats    a file → Rates or Requests        synthetic  the same without a file
     arrivals   the two nouns                     counts     rates → requests a tick
+    sources    what the command line names       world      what is simulated
+    fluid      policies side by side over rates  bound      the clairvoyant schedule
+    compare    all of it → a Comparison          outcome    → JSON
+    policies   every policy by name              report     → a page (plots, svg, texts)
 """

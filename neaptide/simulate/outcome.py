@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -11,9 +11,25 @@ from neaptide.simulate.bound import DEFINITION
 from neaptide.simulate.compare import Comparison, Measured, Point, Row
 
 Tree = dict[str, Any]
+SIGNS = {"CNY": "¥", "USD": "$", "EUR": "€", "GBP": "£", "JPY": "¥"}
 
 
-def outcome(found: Comparison) -> Tree:
+class Price(NamedTuple):
+    """What a replica costs an hour."""
+
+    per_hour: float
+    currency: str = "CNY"
+
+    def a_day(self, found: Comparison, measured: Measured) -> float:
+        return measured.hours * self.per_hour / reported_days(found)
+
+    def text(self, amount: float) -> str:
+        sign = SIGNS.get(self.currency, self.currency + " ")
+        return f"{'-' if amount < 0 else ''}{sign}{abs(amount):,.{0 if abs(amount) >= 10 else 2}f}"
+
+
+def outcome(found: Comparison, price: Price | None = None) -> Tree:
+    """Shares are fractions, times in seconds; means over the seeds where there are several."""
     question = found.question
     return {
         "world": {**msgspec.structs.asdict(found.world), "capacity_rps": found.capacity_rps},
@@ -37,6 +53,7 @@ def outcome(found: Comparison) -> Tree:
         "policies": [_policy(found, row) for row in by_cost(found)],
         "grid": [_point(found, point) for point in found.points],
         "slo_price": [_priced(found, point) for point in found.slo_points],
+        "price": _money(found, price) if price else None,
     }
 
 
@@ -48,6 +65,11 @@ def reported_days(found: Comparison) -> float:
     """How many days are reported: a log may begin and end within one."""
     from_s, to_s = found.rates.span(found.question.first_day, found.question.last_day)
     return (to_s - from_s) / DAY_S
+
+
+def _money(found: Comparison, price: Price) -> Tree:
+    a_day = {row.name: price.a_day(found, row.reported) for row in by_cost(found)}
+    return {"per_replica_hour": price.per_hour, "currency": price.currency, "per_day": a_day}
 
 
 def _arrivals(found: Comparison) -> Tree:

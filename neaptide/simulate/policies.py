@@ -45,6 +45,8 @@ def chosen(asked: Iterable[str]) -> tuple[str, ...]:
                 f"no policy is called {name!r}", code="E125", fix=f"--policy {ALL}, or any of {', '.join(known)}"
             )
         found.update(dict.fromkeys(known if name == ALL else (name,)))
+    if not found:
+        raise ConfigError("no policy is named", code="E125", fix=f"--policy {ALL}, or any of {', '.join(known)}")
     return tuple(found)
 
 

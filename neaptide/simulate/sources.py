@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 from neaptide.errors import ConfigError
-from neaptide.simulate.arrivals import DAY_S, Rates, Requests
+from neaptide.simulate.arrivals import DAY_S, LONGEST_DAYS, Rates, Requests
 from neaptide.simulate.compare import with_history
 from neaptide.simulate.formats import read
 from neaptide.simulate.synthetic import synthetic
 
 MADE = "synthetic:"
-_NUMBERS = ("mean_rps", "days", "window_s", "noise", "dispersion", "seed")
+_RANGES = {
+    "mean_rps": (1e-3, 1e6),
+    "days": (1 / 24, float(LONGEST_DAYS)),
+    "window_s": (5.0, 3600.0),
+    "noise": (0.0, 2.0),
+    "dispersion": (1.0, 100.0),
+    "seed": (0.0, 2.0**31),
+}
 
 
 def arrivals(text: str, series: str | None = None) -> Rates | Requests:
@@ -20,9 +29,10 @@ def arrivals(text: str, series: str | None = None) -> Rates | Requests:
 
 def rates(found: Rates | Requests, history: Rates | Requests | None = None, series: str = "") -> Rates:
     """Both as windows of one length, and as one series."""
-    window_s = _window_s([part for part in (found, history) if part is not None])
-    parts = [part.rates(window_s, series) if isinstance(part, Requests) else part for part in (found, history) if part]
-    return with_history(parts[0], parts[1] if len(parts) > 1 else None)
+    parts = [part for part in (found, history) if part is not None]
+    window_s = _window_s(parts)
+    now, *before = [part.rates(window_s, series) if isinstance(part, Requests) else part for part in parts]
+    return with_history(now, before[0] if before else None)
 
 
 def _window_s(parts: list[Rates | Requests]) -> float:
@@ -36,15 +46,19 @@ def _window_s(parts: list[Rates | Requests]) -> float:
 
 def _made(text: str) -> Rates:
     kind, *given = [word.strip() for word in text.split(",")]
-    numbers: dict[str, float] = {}
-    for word in given:
-        name, _, value = word.partition("=")
-        try:
-            numbers[name] = float(value)
-        except ValueError:
-            name = ""
-        if name not in _NUMBERS:
-            fix = f"{MADE}diurnal,mean_rps=60,days=9; numbers are {', '.join(_NUMBERS)}"
-            raise ConfigError(f"--arrivals: {word!r} is not NAME=NUMBER of synthetic traffic", code="E110", fix=fix)
-    seed = int(numbers.pop("seed", 0))
+    numbers = {"seed": 0.0} | dict(_number(word) for word in given)
+    seed = int(numbers.pop("seed"))
     return synthetic(kind, seed=seed, **numbers)
+
+
+def _number(word: str) -> tuple[str, float]:
+    name, _, value = word.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    low, high = _RANGES.get(name, (math.inf, 0.0))
+    if not low <= number <= high:
+        fix = f"{MADE}diurnal,mean_rps=60,days=9; numbers are {', '.join(_RANGES)}"
+        raise ConfigError(f"--arrivals: {word!r} is no NAME=NUMBER of synthetic traffic", code="E110", fix=fix)
+    return name, number

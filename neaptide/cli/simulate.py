@@ -1,0 +1,157 @@
+"""`neaptide simulate`: what scaling policies would have cost and reached on recorded traffic."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from neaptide.cli.draw import table
+from neaptide.cli.session import Session, common
+from neaptide.cli.words import language, say
+from neaptide.errors import ConfigError
+from neaptide.simulate import sources
+from neaptide.simulate.arrivals import Rates
+from neaptide.simulate.bound import DEFINITION
+from neaptide.simulate.compare import Comparison, Question, Row, Tell, compare
+from neaptide.simulate.outcome import Price, by_cost, outcome
+from neaptide.simulate.policies import OWN, chosen
+from neaptide.simulate.world import changed, read_world
+
+PRICED_SLOS = (0.95, 0.98, 0.99, 0.995, 0.999)
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command("simulate", help=say("simulate.help"))
+@click.option("--arrivals", "path", metavar="FILE", required=True, help=say("simulate.arrivals"))
+@click.option("--series", metavar="NAME", help=say("simulate.series"))
+@click.option("--from", "first", metavar="DAY", type=click.IntRange(0), help=say("simulate.from"))
+@click.option("--to", "last", metavar="DAY", type=click.IntRange(0), help=say("simulate.to"))
+@click.option("--history", metavar="FILE", help=say("simulate.history"))
+@click.option("--tune", metavar="FROM-TO", default="0-6", show_default=True, help=say("simulate.tune"))
+@click.option("--policy", "policies", metavar="NAMES", default="all", show_default=True, help=say("simulate.policy"))
+@click.option("--cold-start-s", type=float, metavar="S", help=say("simulate.cold_start"))
+@click.option("--slo", type=float, metavar="SHARE", help=say("simulate.slo"))
+@click.option("--capacity", type=click.FloatRange(0, min_open=True), metavar="RPS", help=say("simulate.capacity"))
+@click.option("--world", "world_file", type=FILE, help=say("simulate.world"))
+@click.option("--tier", type=click.Choice(("fluid", "fast", "exact")), help=say("simulate.tier"))
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help=say("simulate.seed"))
+@click.option("--seeds", type=click.IntRange(1, 100), default=1, show_default=True, help=say("simulate.seeds"))
+@click.option("--price-per-hour", type=click.FloatRange(0, min_open=True), help=say("simulate.price"))
+@click.option("--currency", default="CNY", show_default=True, help=say("simulate.currency"))
+@click.option("--html", type=FILE, help=say("simulate.html"))
+@common
+def simulate(
+    session: Session, path: str, series: str | None, first: int | None, last: int | None, history: str | None,
+    tune: str, policies: str, cold_start_s: float | None, slo: float | None, capacity: float | None,
+    world_file: Path | None, tier: str | None, seed: int, seeds: int, price_per_hour: float | None, currency: str,
+    html: Path | None,
+) -> None:  # fmt: skip
+    names = chosen(name.strip() for name in policies.split(",") if name.strip())
+    world = changed(read_world(world_file), cold_start_s=cold_start_s, slo=slo)
+    tune_days = days(tune, "--tune")
+    price = Price(price_per_hour, currency) if price_per_hour else None
+    rates = _rates(session, path, series, history)
+    first, last = reported(rates, tune_days, first, last)
+    question = Question(
+        policies=names, first_day=first, last_day=last, tune=tune_days, seeds=tuple(range(seed, seed + seeds)),
+        slos=PRICED_SLOS if html and OWN in names else (), capacity_rps=capacity,
+    )  # fmt: skip
+    with _progress(session) as tell:
+        found = compare(world, rates, question, tell)
+    if html:
+        _write(html, found, price)
+        session.note(say("simulate.written", file=html))
+    if session.as_json:
+        session.data(outcome(found, price))
+    else:
+        _show(found, price)
+
+
+def days(text: str, option: str) -> tuple[int, int]:
+    """ "0-6" -> (0, 6); "3" -> (3, 3). ConfigError E110 otherwise."""
+    written = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", text.strip())
+    first, last = (int(written[1]), int(written[2] or written[1])) if written else (1, 0)
+    if first > last:
+        raise ConfigError(f"{option} {text!r} is no span of days", code="E110", fix=f"{option} 0-6")
+    return first, last
+
+
+def reported(rates: Rates, tune: tuple[int, int], first: int | None, last: int | None) -> tuple[int, int]:
+    """The days to report. Without --from and --to those after the tuning days, or all where there are none."""
+    present = rates.days
+    if first is None:
+        first = tune[1] + 1 if tune[1] + 1 in present else present[0]
+    last = present[-1] if last is None else last
+    missing = [f"--{name} {day}" for name, day in (("from", first), ("to", last)) if day not in present]
+    if missing or first > last:
+        what = f"{', '.join(missing)}: there is no such day" if missing else f"--from {first} is after --to {last}"
+        raise ConfigError(
+            f"{rates.source.path or rates.series}: {what}", why=f"it has days {present[0]} to {present[-1]}",
+            code="E124", fix="choose days it has; --history FILE adds earlier ones",
+        )  # fmt: skip
+    return first, last
+
+
+def _rates(session: Session, path: str, series: str | None, history: str | None) -> Rates:
+    found = sources.arrivals(path, series)
+    before = sources.arrivals(history, series) if history else None
+    for part in (found, before):
+        if part is not None:
+            session.note(str(part.source))
+    return sources.rates(found, before, series or "")
+
+
+@contextmanager
+def _progress(session: Session) -> Iterator[Tell]:
+    """A bar on stderr where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda share: None
+        return
+    with click.progressbar(length=1000, label=say("simulate.running"), file=sys.stderr) as bar:
+        yield lambda share: bar.update(max(0, round(1000 * share) - bar.pos))
+
+
+def _write(file: Path, found: Comparison, price: Price | None) -> None:
+    from neaptide.simulate.report import page
+
+    try:
+        file.write_text(page(found, price, language()), encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"{file} cannot be written", why=e.strerror or "", code="E110", fix="--html FILE") from e
+
+
+def _show(found: Comparison, price: Price | None) -> None:
+    world, question = found.world, found.question
+    columns: dict[str, Callable[[Row], str]] = {
+        "policy": lambda row: row.name,
+        "target": lambda row: f"{row.point.target:g}",
+        "cost": lambda row: f"{found.ratio(row.reported):.3f}",
+        "attainment": lambda row: f"{100 * row.reported.attainment:.2f} %",
+        "hours": lambda row: f"{row.reported.hours:,.1f}",
+        "events": lambda row: f"{row.reported.scale_events.mean():,.0f}",
+    }
+    if found.rows[0].p99_ttft_s is not None:
+        columns["p99"] = lambda row: f"{row.p99_ttft_s:.2f} s"
+    if price:
+        columns["money"] = lambda row: price.text(price.a_day(found, row.reported))
+    columns["verdict"] = lambda row: "" if found.reached(row.reported) else say("simulate.missed", slo=f"{world.slo:g}")
+    rows = [[cell(row) for cell in columns.values()] for row in by_cost(found)]
+    table(_title(found), [say(f"simulate.col.{name}") for name in columns], rows)
+    click.echo(say("simulate.bound", hours=f"{found.bound_hours:,.1f}", budget=f"{100 * (1 - world.slo):g}",
+                   definition=DEFINITION))  # fmt: skip
+    if question.in_sample:
+        click.echo(say("simulate.in_sample"))
+
+
+def _title(found: Comparison) -> str:
+    world, question = found.world, found.question
+    return say(
+        "simulate.title", series=found.rates.series or found.rates.source.path, first=question.first_day,
+        last=question.last_day, seeds=", ".join(map(str, question.seeds)), capacity=f"{found.capacity_rps:.3g}",
+        cold=f"{world.cold_start_s:g}", slo=f"{100 * world.slo:g}", slack=f"{world.slack_s:g}", tier=found.tier,
+    )  # fmt: skip
