@@ -1,0 +1,114 @@
+"""The fast-forward engine against the exact one: to the last digit where memory does not bind, nearly so elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neaptide.simulate.engine import Book, Traits
+from neaptide.simulate.exact import Exact
+from neaptide.simulate.fast import Fast
+from neaptide.simulate.steps import Grid, Linear
+from tests.engine_runs import Row, chat, check_served_once, requests, rows, served, traits, ttft
+
+# Odd numbers: an arrival at the very end of a step joins in one tier and not in the other, by a rounding.
+STEP = Linear(base_s=0.1 * 2**0.5, request_s=0.0123, token_s=1.1e-3, prefill_token_s=1.3e-3, prefill_pair_s=1.7e-5)
+GRID = Grid(
+    batches=(1, 2, 5),
+    contexts=(8, 20, 60),
+    seconds=((0.1013, 0.1517, 0.4019), (0.1211, 0.2023, 0.5027), (0.2129, 0.4131, 1.0137)),
+    prefill_token_s=1.3e-3,
+)
+
+
+def test_three_steps_whose_context_grows_are_one_jump_of_the_same_length() -> None:
+    step = Linear(base_s=1.0, token_s=0.01)
+    book, _ = served(Fast, Traits(step=step, kv_tokens=None), requests([(0.0, 20, 4)]))
+    assert book.first_s == [1.0]
+    assert book.finish_s == [pytest.approx(1 + 1.21 + 1.22 + 1.23)]
+
+
+@given(rows(), st.integers(1, 6), st.integers(1, 64), st.sampled_from([STEP, GRID]))
+@settings(max_examples=150, deadline=None)
+def test_both_tiers_agree_where_memory_does_not_bind(
+    asked: list[Row], batch: int, chunk: int, step: Linear | Grid
+) -> None:
+    setup = Traits(step=step, max_batch=batch, chunk_tokens=chunk, kv_tokens=None, prefix_block_tokens=0)
+    fast, engine = served(Fast, setup, requests(asked))
+    exact, _ = served(Exact, setup, requests(asked))
+    check_served_once(fast, engine)
+    assert fast.first_s == pytest.approx(exact.first_s)
+    assert fast.finish_s == pytest.approx(exact.finish_s)
+
+
+@given(rows(), traits(step=STEP))
+@settings(max_examples=100, deadline=None)
+def test_everybody_is_served_once_when_memory_binds_and_memory_comes_back(asked: list[Row], setup: Traits) -> None:
+    book, engine = served(Fast, setup, requests(asked))
+    check_served_once(book, engine)
+    assert engine.memory.used == 0
+
+
+@given(rows(), traits(step=STEP, kv_block_tokens=1, headroom=0.0))
+@settings(max_examples=100, deadline=None)
+def test_memory_counted_in_tokens_is_the_same_in_both(asked: list[Row], setup: Traits) -> None:
+    fast, exact = (served(kind, setup, requests(asked))[0] for kind in (Fast, Exact))
+    assert fast.preempted == exact.preempted
+    assert fast.finish_s == pytest.approx(exact.finish_s)
+
+
+@given(rows(), traits(step=STEP), st.floats(0, 30))
+@settings(max_examples=60, deadline=None)
+def test_a_replica_that_goes_has_made_the_same_tokens_in_both(asked: list[Row], setup: Traits, after_s: float) -> None:
+    made = []
+    for kind in (Fast, Exact):
+        book = Book(requests(asked), 1, 1)
+        engine = kind(without_memory(setup), book)
+        ids = [id for id, at in enumerate(book.arrived_s) if at <= after_s]
+        engine.run(ids, [book.arrived_s[id] for id in ids], after_s)
+        lost = engine.drop(after_s)
+        made.append((sorted(lost), book.made, engine.in_flight))
+    assert made[0] == made[1]
+
+
+def without_memory(setup: Traits) -> Traits:
+    return Traits(step=setup.step, max_batch=setup.max_batch, chunk_tokens=setup.chunk_tokens, kv_tokens=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "setup", "users", "loads"),
+    [
+        ("roomy", Traits(), 0, (10.0, 40.0, 60.0)),
+        ("memory binds", Traits(kv_tokens=20_000), 0, (30.0, 45.0, 60.0)),
+        ("prefixes", Traits(kv_tokens=100_000), 40, (10.0, 30.0, 45.0)),
+    ],
+)
+def test_fast_is_within_three_percent_of_exact_at_the_99th_percentile(
+    name: str, setup: Traits, users: int, loads: tuple[float, ...]
+) -> None:
+    for rps in loads:
+        asked = chat(1200, rps, 7, prompt=500.0, out=120.0, users=users)
+        fast, exact = (served(kind, setup, asked)[0] for kind in (Fast, Exact))
+        for book in (fast, exact):
+            assert not np.isnan(book.finish_s).any()
+        assert np.quantile(ttft(fast), 0.99) == pytest.approx(np.quantile(ttft(exact), 0.99), rel=0.03)
+        assert np.sum(fast.cached) == pytest.approx(np.sum(exact.cached), rel=0.03)
+
+
+def test_memory_binds_in_the_run_above() -> None:
+    book, _ = served(Fast, Traits(kv_tokens=20_000), chat(1200, 60.0, 7, prompt=500.0, out=120.0))
+    assert sum(book.preempted) > 20
+
+
+def test_running_in_pieces_is_running_at_once() -> None:
+    asked = chat(400, 30.0, 5)
+    whole, _ = served(Fast, Traits(kv_tokens=20_000), asked)
+    book = Book(asked, 1, 1)
+    engine = Fast(Traits(kv_tokens=20_000), book)
+    for id, at_s in enumerate(book.arrived_s):
+        engine.run((id,), (at_s,), at_s)
+        engine.run((), (), at_s + 0.001)
+    engine.run((), (), 1e9)
+    assert book.finish_s == pytest.approx(whole.finish_s)
