@@ -236,8 +236,10 @@ def access_name(number: int) -> str:
 def main() -> None:
     """Control's process."""
     from neaptide.control.app import run
+    from neaptide.dashboard.app import Dashboard
+    from neaptide.dashboard.source import ControlSource
 
-    run()
+    run(lambda control: Dashboard(ControlSource(control)))
 
 
 if __name__ == "__main__":

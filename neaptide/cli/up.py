@@ -144,11 +144,23 @@ def welcome(up: Up, state: Path) -> list[str]:
     return [
         say("up.ready", seconds=up.ready_s),
         f"API        {up.api}",
-        say("up.admin", admin=up.admin, state=state),
+        admin_line(up, state),
         say("up.key", tail=up.key[-4:], state=state),
         f"export OPENAI_BASE_URL={up.api} OPENAI_API_KEY={up.key}",
         say("up.try"),
     ]
+
+
+def admin_line(up: Up, state: Path) -> str:
+    """With a link that signs in, while control makes one."""
+    from neaptide.cli.dashboard import link
+    from neaptide.errors import NeaptideError
+
+    try:
+        made = link(state)
+    except NeaptideError:
+        return say("up.admin", admin=up.admin, state=state)
+    return say("up.dashboard", url=made.url, minutes=made.valid_s / 60)
 
 
 def detached(session: Session, file: Path | None, port: int | None, grace_s: float) -> None:

@@ -1,0 +1,165 @@
+"""The dashboard's routes on the admin listener: the page at /, its files and its own calls below /ui/.
+
+What stands below /ui/ serves the page alone and may change with it; scripts use /api/v1. `Dashboard` is the Front that
+the admin app lets in: it vouches for requests of its sessions beside the bearer token.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
+from starlette.types import Scope
+
+from neaptide.clock import Clock, RealClock
+from neaptide.control.admin import AdminError, answer
+from neaptide.dashboard import play
+from neaptide.dashboard.feed import Feed
+from neaptide.dashboard.pages import UI, File, files, policy
+from neaptide.dashboard.sessions import SESSION_S, TICKET_S, Session, Sessions, matches
+from neaptide.dashboard.source import Source
+
+CHIPS = Path(__file__).parent.parent / "models" / "guide" / "chips.json"
+MAX_PAGES = 32  # open at once
+HEADER = "x-neaptide-session"  # carries a session's token with calls that change something
+PASSED_ON = ("content-type", "retry-after", "x-request-id", "x-neaptide-request-id")
+SAFE = ("GET", "HEAD")
+SINCE = re.compile(r"\d{1,12}(\.\d{1,9})?")
+
+
+class Dashboard:
+    """Implements Front."""
+
+    def __init__(self, source: Source, clock: Clock | None = None) -> None:
+        self._source = source
+        self.sessions = Sessions(clock or RealClock())
+        self.feed = Feed(source)
+        self._files = files()
+        self._page, self._door = File(UI / "index.html"), File(UI / "signin.html")
+        self._policy = policy(self._page.content)
+        self._open = {"/", *(f"/ui/{name}" for name in self._files)}
+        # Cookies do not know ports: two Neaptides on one host need two names.
+        self._cookie = f"neaptide_{urlsplit(source.admin_url).port or 80}"
+
+    async def run(self) -> None:
+        await self.feed.run()
+
+    def routes(self) -> Sequence[BaseRoute]:
+        return (
+            Route("/", self.page),
+            Route("/ui/ticket", self.ticket, methods=["POST"]),
+            Route("/ui/session", self.session, methods=["GET"]),
+            Route("/ui/session", self.leave, methods=["DELETE"]),
+            Route("/ui/live", self.live),
+            Route("/ui/history", self.history),
+            Route("/ui/play", self.play, methods=["POST"]),
+            Route("/ui/{name:path}", self.file),
+        )
+
+    # -- the way in ----------------------------------------------------------------------------------------------
+
+    def admits(self, scope: Scope) -> bool:
+        """The page's files are open; the rest wants a session's cookie from our own pages, and its token to change
+        something. A ticket is made with the bearer token alone."""
+        path, headers = scope["path"], dict(scope["headers"])
+        if path in self._open and scope["method"] in SAFE:
+            return True
+        session = self._session(headers.get(b"cookie", b"").decode("latin-1"))
+        if path == "/ui/ticket" or session is None or not _same_origin(headers):
+            return False
+        token = headers.get(HEADER.encode(), b"").decode("latin-1")
+        return scope["method"] in SAFE or matches(session, token)
+
+    def _session(self, header: str) -> Session | None:
+        return self.sessions.find(_cookie(header, self._cookie))
+
+    async def page(self, request: Request) -> Response:
+        """The page for a session or a fresh ticket; else how to get one. The ticket is answered with the page itself
+        and not with a redirect: a browser would not send the strict cookie along after a link from elsewhere."""
+        if ticket := request.query_params.get("ticket"):
+            cookie = self.sessions.redeem(ticket)
+            if cookie is not None:
+                flags = f"Path=/; HttpOnly; SameSite=Strict; Max-Age={SESSION_S:.0f}"
+                return self._paint({"set-cookie": f"{self._cookie}={cookie}; {flags}"})
+        if self._session(request.headers.get("cookie", "")) is None:
+            return Response(self._door.content, 401, {"content-type": self._door.type, "cache-control": "no-store"})
+        return self._paint({})
+
+    def _paint(self, headers: Mapping[str, str]) -> Response:
+        told = {"content-security-policy": self._policy, "cache-control": "no-store", "content-type": self._page.type}
+        return Response(self._page.content, headers={**told, **headers})
+
+    async def ticket(self, request: Request) -> Response:
+        """A new one-time link; the bearer token is its price."""
+        url = f"{self._source.admin_url}?ticket={self.sessions.ticket()}"
+        return answer({"url": url, "valid_s": TICKET_S}, 201)
+
+    async def session(self, request: Request) -> Response:
+        """What only the session's own page may know."""
+        session = self._session(request.headers.get("cookie", ""))
+        return answer({"token": session.token if session else "", "header": HEADER, "chips": chips()})
+
+    async def leave(self, request: Request) -> Response:
+        self.sessions.end(_cookie(request.headers.get("cookie", ""), self._cookie))
+        gone = f"{self._cookie}=; Path=/; HttpOnly; SameSite=Strict; Max-Age=0"
+        return Response(status_code=204, headers={"set-cookie": gone})
+
+    # -- what it shows -------------------------------------------------------------------------------------------
+
+    async def file(self, request: Request) -> Response:
+        found = self._files.get(request.path_params["name"])
+        if found is None:
+            raise AdminError(404, "E606", f"there is no {request.url.path}", fix="see /docs")
+        return found.answer(request)
+
+    async def live(self, request: Request) -> Response:
+        """Server-sent events; ?since= (wall seconds) leaves out the rows that the page still has."""
+        if self.feed.pages >= MAX_PAGES:
+            raise AdminError(429, "E608", f"{MAX_PAGES} pages are open already", fix="close one")
+        told = request.query_params.get("since", "")
+        since_s = float(told) if SINCE.fullmatch(told) else -math.inf
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return StreamingResponse(self.feed.listen(since_s), media_type="text/event-stream", headers=headers)
+
+    async def history(self, request: Request) -> Response:
+        """The last 24 hours by the minute."""
+        return Response(self.feed.columns("24h"), media_type="application/json")
+
+    async def play(self, request: Request) -> Response:
+        """A chat completion, asked of the gateway with the service's own key and passed on as it comes."""
+        asked = await play.post(self._source.api_url, "/chat/completions", await request.body(), self._source.key())
+        headers = {name: asked.headers[name] for name in PASSED_ON if name in asked.headers}
+        return StreamingResponse(asked.pieces(), asked.status, headers)
+
+
+def chips() -> dict[str, list[str]]:
+    """Questions to begin with, by language: those that came with the built-in model; none without it."""
+    try:
+        return msgspec.json.decode(CHIPS.read_bytes(), type=dict[str, list[str]])
+    except (OSError, ValueError):
+        return {}
+
+
+def _cookie(header: str, name: str) -> str:
+    try:
+        found = SimpleCookie(header).get(name)
+    except CookieError:
+        return ""
+    return found.value if found else ""
+
+
+def _same_origin(headers: Mapping[bytes, bytes]) -> bool:
+    """Browsers say who asks: our page, or the person (address bar). Those that do not say send Origin or nothing."""
+    site = headers.get(b"sec-fetch-site")
+    if site is not None:
+        return site in (b"same-origin", b"none")
+    origin = headers.get(b"origin")
+    return origin is None or origin.partition(b"://")[2] == headers.get(b"host")

@@ -1,0 +1,157 @@
+"""What the page asks of control, and control's answers: the only file here that knows how control is built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from neaptide import __version__
+from neaptide.clock import mono_s, wall_s
+from neaptide.control.port import UsageFilter, UsageRow
+from neaptide.dashboard.live import NAN, Fleet
+from neaptide.table import Gauges
+from neaptide.types import Plan, Replica, Slo
+
+if TYPE_CHECKING:
+    from neaptide.control.app import Control
+
+STALE_S = 5.0  # a gateway that was silent for so long tells nothing
+
+
+class About(msgspec.Struct, frozen=True, kw_only=True):
+    """One model as it is configured, for the page."""
+
+    model: str
+    engine: str = ""
+    remote: bool = False
+    slo: Slo = Slo()
+    min: int = 0
+    max: int = 0
+    policy: str = ""
+    price_per_hour: float = 0.0  # of one replica; 0: not known
+    failing: str = ""
+
+
+class ReplicaLine(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    model: str
+    state: str
+    running: int = 0
+    slots: int | None = None  # None: without limit, or not told
+    started_wall_s: float = 0.0
+    error: str = ""
+
+
+class Look(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that control holds, at one moment."""
+
+    wall_s: float
+    mono_s: float
+    gauges: tuple[Gauges, ...] = ()
+    fleets: dict[str, Fleet] = {}
+    about: tuple[About, ...] = ()
+    replicas: tuple[ReplicaLine, ...] = ()
+    plans: tuple[tuple[float, Plan], ...] = ()  # the last ticks', oldest first
+
+
+class Source(Protocol):
+    """Where the page's numbers come from, and whom its playground asks."""
+
+    version: str
+    api_url: str  # http://host:port/v1
+    admin_url: str
+
+    @property
+    def currency(self) -> str: ...
+
+    def key(self) -> str:
+        """The API key that the playground uses."""
+
+    def look(self) -> Look: ...
+
+    async def newest(self, since_wall_s: float, limit: int) -> tuple[UsageRow, ...]:
+        """Requests that started since then, newest first; NeaptideError while the ledger is away."""
+
+
+class ControlSource:
+    """Control's memory; nothing here is asked of another process but the ledger's rows."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self.version = __version__
+        self.api_url, self.admin_url = control.spec.api_url, control.spec.admin_url
+
+    @property
+    def currency(self) -> str:
+        return self._control.settings.currency
+
+    def key(self) -> str:
+        state = self._control.state
+        return state.secret(state.key)
+
+    async def newest(self, since_wall_s: float, limit: int) -> tuple[UsageRow, ...]:
+        return (await self._control.usage(UsageFilter(since_s=since_wall_s), None, limit)).rows
+
+    def look(self) -> Look:
+        c, now_s = self._control, mono_s()
+        heard = (g for g in c.publisher.gateways.values() if now_s - g.heard_s <= STALE_S)
+        slots = {r.id: self._slots(r) for r in c.replicas}
+        return Look(
+            wall_s=wall_s(),
+            mono_s=now_s,
+            gauges=tuple(g.gauges for g in heard if g.gauges is not None),
+            fleets={d.model: self._fleet(d.model, slots) for d in c.deployments},
+            about=tuple(self._about(d.model) for d in c.deployments),
+            replicas=tuple(self._line(r, slots[r.id]) for r in c.replicas),
+            plans=tuple(c.plans),
+        )
+
+    def _slots(self, replica: Replica) -> int | None:
+        remote = self._control.static.rows().get(replica.id)
+        if remote is not None:
+            return remote.max_running
+        told = self._control.local.about(replica.id).description
+        return told.max_running or None if told else None
+
+    def _fleet(self, model: str, slots: dict[str, int | None]) -> Fleet:
+        settings = self._control.settings.models[model]
+        mine = [r for r in self._control.replicas if r.deployment == model]
+        ready = [slots[r.id] for r in mine if r.state == "ready"]
+        wanted = self._control.loop.carry.wanted.get(model, settings.scale.min)
+        return Fleet(
+            ready=len(ready),
+            starting=sum(r.state == "starting" for r in mine),
+            billed=len(mine),
+            wanted=NAN if settings.replicas else float(wanted),
+            slots=sum(NAN if n is None else n for n in ready),
+            price_per_hour=settings.scale.price_per_hour,
+            remote=bool(settings.replicas),
+        )
+
+    def _about(self, model: str) -> About:
+        settings = self._control.settings.models[model]
+        scale = settings.scale
+        return About(
+            model=model,
+            engine="" if settings.replicas else settings.engine or "openvino",
+            remote=bool(settings.replicas),
+            slo=settings.slo,
+            min=scale.min,
+            max=scale.max,
+            policy=scale.policy,
+            price_per_hour=scale.price_per_hour,
+            failing=self._control.failing.get(model, ""),
+        )
+
+    def _line(self, replica: Replica, slots: int | None) -> ReplicaLine:
+        child = next((p for p in self._control.processes if p.id == replica.id), None)
+        return ReplicaLine(
+            id=replica.id,
+            model=replica.deployment,
+            state=replica.state,
+            running=replica.running,
+            slots=slots,
+            started_wall_s=child.started_wall_s if child else 0.0,
+            error=replica.error,
+        )
