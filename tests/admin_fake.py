@@ -18,6 +18,8 @@ from neaptide.control.port import (
     ApplyReport,
     BackupReport,
     Change,
+    ChoiceRow,
+    Choices,
     ConfigView,
     CreatedKey,
     Decision,
@@ -32,9 +34,14 @@ from neaptide.control.port import (
     LedgerStatus,
     Models,
     NewKey,
+    NewOverride,
     NotFoundError,
     ProcessStatus,
     ReplicaStatus,
+    ScaleRow,
+    Scales,
+    ShadowRow,
+    Shadows,
     Stage,
     Status,
     UsageFilter,
@@ -43,7 +50,7 @@ from neaptide.control.port import (
     UsageTotal,
     UsageTotals,
 )
-from neaptide.types import Scale, Usage
+from neaptide.types import Choice, Override, Scale, Traits, Usage
 
 TOKEN = "t" * 64
 
@@ -58,6 +65,7 @@ class FakeControl:
         self.held = [KeyInfo(id="k1", name="default", tail="abcd", created_wall_s=1_760_000_000.0)]
         self.asked: list[object] = []
         self.broken: Exception | None = None
+        self.override: Override | None = None
 
     async def status(self) -> Status:
         if self.broken is not None:
@@ -106,6 +114,61 @@ class FakeControl:
             scale=Scale(min=1, max=2), ready=1, running=1,
         )  # fmt: skip
         return Models(rows=(own, remote))
+
+    async def scales(self) -> Scales:
+        remote = ScaleRow(
+            model="mock", scalable=False, policy="", ready=1, starting=0, wanted=1, min=1, max=1, in_flight=0
+        )
+        return Scales(currency="CNY", rows=(self.scale_row(), remote))
+
+    def scale_row(self) -> ScaleRow:
+        return ScaleRow(
+            model="guide", scalable=True, policy="slo", ready=1, starting=1, wanted=2, min=0, max=4,
+            arrivals_per_s=3.1, in_flight=5, capacity_rps=4.0,
+            traits=Traits(slots=8.0, service_s=2.0, cold_start_s=12.0, learnt="measured"),
+            stages=(Stage(name="load_s", seconds=9.0),), starts=3, override=self.override,
+            sentence="guide: 1 to 2 replicas: slo wants 2", cost_per_hour=6.4,
+        )  # fmt: skip
+
+    async def choices(self, model: str, limit: int) -> Choices:
+        self.asked.append(("why", model, limit))
+        if model not in ("", "guide"):
+            raise NotFoundError(f"no model {model!r} is served", fix="neaptide models list")
+        rows = [
+            ChoiceRow(
+                wall_s=1_760_000_000.0 + 60 * i,
+                choice=Choice(
+                    model="guide", action="hold" if i % 2 else "launch", before=1, after=1 if i % 2 else 2,
+                    sentence=f"guide: reason {i}", policy="slo", cost_per_hour=3.2, cost_change_per_hour=0.0,
+                ),
+            )
+            for i in range(5, 0, -1)
+        ]  # fmt: skip
+        return Choices(rows=tuple(rows[:limit]))
+
+    async def set_override(self, new: NewOverride) -> ScaleRow:
+        self.asked.append(new)
+        if new.model != "guide":
+            raise NotFoundError(f"no model {new.model!r} is served", fix="neaptide models list")
+        self.override = Override(count=new.replicas, until_wall_s=1_760_000_000.0 + min(new.for_s, 1e9), by=new.by)
+        return self.scale_row()
+
+    async def clear_override(self, model: str) -> ScaleRow:
+        self.asked.append(("clear", model))
+        self.override = None
+        return self.scale_row()
+
+    async def shadows(self, model: str, days: int) -> Shadows:
+        self.asked.append(("shadows", model, days))
+        real = ShadowRow(
+            day="2026-05-01", model="guide", policy="slo", real=True, replica_hours=10.0, cost=32.0, arrivals=1000.0,
+            attainment=0.995,
+        )  # fmt: skip
+        hpa = ShadowRow(
+            day="2026-05-01", model="guide", policy="hpa", real=False, replica_hours=22.8, cost=73.0, arrivals=1000.0,
+            attainment=0.97,
+        )  # fmt: skip
+        return Shadows(currency="CNY", rows=(real, hpa))
 
     async def keys(self) -> Keys:
         return Keys(rows=tuple(self.held))

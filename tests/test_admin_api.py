@@ -191,6 +191,20 @@ def test_decisions_come_newest_first_and_bounded(api: Api) -> None:
     assert api.error("GET", "/api/v1/decisions?limit=501") == (400, "E605")
 
 
+def test_scaling_is_told_explained_set_and_cleared(api: Api) -> None:
+    rows = api.ask("GET", "/api/v1/scale")[2]["rows"]
+    assert [(row["model"], row["wanted"], row["scalable"]) for row in rows] == [("guide", 2, True), ("mock", 1, False)]
+    why = api.ask("GET", "/api/v1/scale/why?model=guide&limit=2")[2]["rows"]
+    assert [row["choice"]["sentence"] for row in why] == ["guide: reason 5", "guide: reason 4"]
+    body = b'{"model": "guide", "replicas": 3, "for_s": 60, "by": "ann"}'
+    assert api.ask("POST", "/api/v1/scale/override", body)[2]["override"]["count"] == 3
+    assert api.ask("DELETE", "/api/v1/scale/override?model=guide")[2]["override"] is None
+    assert api.error("DELETE", "/api/v1/scale/override") == (400, "E605")
+    assert api.error("GET", "/api/v1/scale/why?limit=201") == (400, "E605")
+    assert api.error("GET", "/api/v1/scale/shadows?days=36") == (400, "E605")
+    assert len(api.ask("GET", "/api/v1/scale/shadows?days=2")[2]["rows"]) == 2
+
+
 def test_backup_and_down_tell_what_was_begun(api: Api) -> None:
     assert api.ask("POST", "/api/v1/backup")[0] == 201
     assert api.ask("POST", "/api/v1/down?grace_s=3")[0] == 202

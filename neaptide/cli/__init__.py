@@ -31,6 +31,7 @@ VERBS = {
     "dashboard": "neaptide.cli.dashboard:dashboard",
     "chat": "neaptide.cli.chat:chat",
     "models": "neaptide.cli.models:models",
+    "scale": "neaptide.cli.scale:scale",
     "keys": "neaptide.cli.keys:keys",
     "usage": "neaptide.cli.usage:usage",
     "logs": "neaptide.cli.logs:logs",

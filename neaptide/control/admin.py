@@ -27,6 +27,7 @@ from neaptide import __version__
 from neaptide.control.port import (
     ApplyReport,
     BackupReport,
+    Choices,
     ConfigView,
     ControlPort,
     CreatedKey,
@@ -37,6 +38,10 @@ from neaptide.control.port import (
     Keys,
     Models,
     NewKey,
+    NewOverride,
+    ScaleRow,
+    Scales,
+    Shadows,
     Status,
     UsageFilter,
     UsagePage,
@@ -60,7 +65,7 @@ T = TypeVar("T")
 
 
 class AdminError(NeaptideError):
-    """A request that the admin API refuses. E601-E607, with the HTTP status they are answered with."""
+    """A request that the admin API refuses. E601-E609, with the HTTP status they are answered with."""
 
     exit_code = 4
 
@@ -96,6 +101,20 @@ class TotalsQuery(UsageFilter, frozen=True, kw_only=True):
 
 class DecisionsQuery(NoQuery, frozen=True, kw_only=True):
     limit: int = 50  # plans, 1 to 500
+
+
+class WhyQuery(NoQuery, frozen=True, kw_only=True):
+    model: str = ""  # "" = every model
+    limit: int = 20  # choices, 1 to 200
+
+
+class ModelQuery(NoQuery, frozen=True, kw_only=True):
+    model: str
+
+
+class ShadowsQuery(NoQuery, frozen=True, kw_only=True):
+    model: str = ""  # "" = every model
+    days: int = 1  # the last ones, 1 to 35
 
 
 class DownQuery(NoQuery, frozen=True, kw_only=True):
@@ -142,6 +161,15 @@ OPERATIONS = (
         TotalsQuery,
     ),
     Operation("listDecisions", "GET", "/decisions", Decisions, lambda a: _decisions(a), DecisionsQuery),
+    Operation("listScales", "GET", "/scale", Scales, lambda a: a.port.scales()),
+    Operation("explainScale", "GET", "/scale/why", Choices, lambda a: _choices(a), WhyQuery),
+    Operation(
+        "setScale", "POST", "/scale/override", ScaleRow, lambda a: a.port.set_override(a.body), NoQuery, NewOverride
+    ),
+    Operation(
+        "clearScale", "DELETE", "/scale/override", ScaleRow, lambda a: a.port.clear_override(a.query.model), ModelQuery
+    ),
+    Operation("listShadows", "GET", "/scale/shadows", Shadows, lambda a: _shadows(a), ShadowsQuery),
     Operation("backup", "POST", "/backup", BackupReport, lambda a: a.port.backup(), status=201),
     Operation("down", "POST", "/down", DownReport, lambda a: _down(a), DownQuery, status=202),
 )
@@ -159,6 +187,16 @@ async def _usage(a: Ask) -> UsagePage:
 async def _decisions(a: Ask) -> Decisions:
     _within("limit", a.query.limit, 1, 500)
     return await a.port.decisions(a.query.limit)
+
+
+async def _choices(a: Ask) -> Choices:
+    _within("limit", a.query.limit, 1, 200)
+    return await a.port.choices(a.query.model, a.query.limit)
+
+
+async def _shadows(a: Ask) -> Shadows:
+    _within("days", a.query.days, 1, 35)
+    return await a.port.shadows(a.query.model, a.query.days)
 
 
 async def _down(a: Ask) -> DownReport:

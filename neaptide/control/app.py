@@ -22,7 +22,7 @@ import uvicorn
 from neaptide import lifeline
 from neaptide.clock import wall_s
 from neaptide.config import ModelSettings, Settings, parse
-from neaptide.control import answers
+from neaptide.control import answers, keep
 from neaptide.control.admin import Front, build_app
 from neaptide.control.books import Books
 from neaptide.control.decisions import DecisionJournal
@@ -31,6 +31,7 @@ from neaptide.control.loop import Loop, in_flight
 from neaptide.control.port import (
     ApplyReport,
     BackupReport,
+    Choices,
     ConfigView,
     CreatedKey,
     Decisions,
@@ -40,12 +41,17 @@ from neaptide.control.port import (
     Keys,
     Models,
     NewKey,
+    NewOverride,
+    ScaleRow,
+    Scales,
+    Shadows,
     Status,
     UsageFilter,
     UsagePage,
     UsageTotals,
 )
 from neaptide.control.publish import Gateway, Publisher
+from neaptide.control.scaling import Scaling, check
 from neaptide.errors import ConfigError, NeaptideError
 from neaptide.fleet.local import LocalDriver
 from neaptide.fleet.process import ChildStatus
@@ -88,7 +94,18 @@ class Control:
         self.local = LocalDriver(self.supervisor, self.state, spec.token, self._replica_spec, self._nudge)
         self.static = StaticDriver({}, {})
         self.journal = DecisionJournal(self.state.log / "decisions.jsonl")
-        self.loop = Loop((self.local, self.static), self._scaled, self._gauges, self._told, self.journal)
+        self.scaling = Scaling(self)
+        self.loop = Loop(
+            (self.local, self.static),
+            self._scaled,
+            self._gauges,
+            self._told,
+            self.journal,
+            about=self.scaling.about,
+            overrides=self.scaling.overrides,
+            currency=self.scaling.currency,
+            keep=self.scaling.keep,
+        )
         self.books = Books(self.state, self.settings)
         self.ending = asyncio.Event()
 
@@ -98,6 +115,8 @@ class Control:
         """Until SIGTERM; raises nothing for what a model or the ledger does wrong: that is reported and shown."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.ending.set)
+        if await keep.hold(self.state.root / "control.lock", self.ending) is None:
+            return
         await self.supervisor.connect(self.state.supervisor_sock)
         opening = asyncio.create_task(self.books.open(self.state.secret(self.state.key)))
         await self.publisher.listen(self.state.control_sock)
@@ -105,6 +124,7 @@ class Control:
         await self.local.adopt()
         try:
             await self._configure(self.settings)
+            self.loop.resume(self.scaling.resume())
             loop = asyncio.create_task(self.loop.run())
             await opening
         except NeaptideError as e:
@@ -130,6 +150,7 @@ class Control:
             if task.done():
                 task.result()  # it ended by itself: it failed; say why, and be started again
             task.cancel()
+        self.scaling.keep(self.loop.kept())
         await self.books.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(serving, 1.0)
@@ -153,7 +174,7 @@ class Control:
         self.loop.nudge()
 
     def _on_gauges(self, gateway: Gateway) -> None:
-        if not self._told_ready:
+        if not self._told_ready or self.scaling.is_starving():
             self._nudge()
 
     def _gauges(self) -> list[Gauges]:
@@ -182,8 +203,11 @@ class Control:
             ready = any(r.deployment == d.model and r.state == "ready" for r in replicas)
             dead = [r for r in replicas if r.deployment == d.model and r.state == "dead"]
             hopeless = any(f"error[{HOPELESS}" in r.error for r in dead)
+            stuck = [r for r in replicas if r.deployment == d.model and r.id in plan.stuck]
             if ready:
                 self.failing.pop(d.model, None)
+            elif stuck:
+                self.failing[d.model] = f"error[E305]: {stuck[-1].id} did not get ready in time and was stopped"
             elif dead and (hopeless or carry.failures.get(d.model, 0) >= DEATHS_BEFORE_FAILING):
                 self.failing[d.model] = dead[-1].error
         self._publish()
@@ -239,8 +263,9 @@ class Control:
         sources = {}
         for name, model in settings.models.items():
             sources[name] = await asyncio.to_thread(locate, model, self.state.cache, self._progress)
-        self.settings, self.sources = settings, sources
-        self.deployments = tuple(deployment(n, m, sources[n].digest) for n, m in settings.models.items())
+        deployments = tuple(deployment(n, m, sources[n].digest) for n, m in settings.models.items())
+        check(deployments)
+        self.settings, self.sources, self.deployments = settings, sources, deployments
         now = int(wall_s())
         self.created_s = {d.model: self.created_s.get(d.model, now) for d in self.deployments}
         self.failing = {k: v for k, v in self.failing.items() if k in settings.models}
@@ -309,6 +334,21 @@ class Control:
 
     async def models(self) -> Models:
         return Models(rows=answers.deployments(self))
+
+    async def scales(self) -> Scales:
+        return self.scaling.rows()
+
+    async def choices(self, model: str, limit: int) -> Choices:
+        return self.scaling.choices(model, limit)
+
+    async def set_override(self, new: NewOverride) -> ScaleRow:
+        return self.scaling.set(new)
+
+    async def clear_override(self, model: str) -> ScaleRow:
+        return self.scaling.clear(model)
+
+    async def shadows(self, model: str, days: int) -> Shadows:
+        return self.scaling.shadows(model, days)
 
     async def keys(self) -> Keys:
         return await self.books.list_keys()

@@ -1,4 +1,7 @@
-"""Observe, decide, act: once a second, and at once when a replica became ready or died."""
+"""Observe, decide, act: once a second, and at once when a replica became ready or died or a request found none.
+
+A tick on the beat takes the gateways' counts and asks the policies; one between two beats only looks.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,27 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from neaptide.clock import mono_s, wall_s
-from neaptide.control.decide import decide
+from neaptide.control.decide import decide, is_elastic
 from neaptide.control.decisions import DecisionJournal, Line
+from neaptide.control.keep import EVERY_S, Kept
+from neaptide.control.shadow import Shadows
+from neaptide.control.signals import Heard, read
+from neaptide.control.size import BEAT_S, TICK_S, is_stale
+from neaptide.control.traits import Memory as Learnt
+from neaptide.control.traits import Told as Replicas
+from neaptide.control.traits import learn, traits
 from neaptide.errors import NeaptideError
 from neaptide.fleet.driver import Driver
 from neaptide.table import Gauges, ReplicaRow
-from neaptide.types import Carry, Deployment, Plan, Replica, Snapshot
+from neaptide.types import Carry, Deployment, Override, Plan, Replica, Snapshot
 
-TICK_S = 1.0
+JUMP_S = 60.0  # by which the wall clock may run ahead before it is followed
 Told = Callable[[Sequence[Replica], Plan, Carry], None]
 
 
 class Loop:
-    """Runs the tick over `drivers`; `deployments` and `gauges` are asked anew each time, `told` hears the outcome."""
+    """Runs the tick over `drivers`; `deployments`, `gauges`, `about` (what a model's replicas say of themselves),
+    `overrides` and `currency` are asked anew each time, `told` hears the outcome, `keep` what a successor needs."""
 
     def __init__(
         self,
@@ -29,12 +40,31 @@ class Loop:
         gauges: Callable[[], Sequence[Gauges]],
         told: Told,
         journal: DecisionJournal,
+        *,
+        about: Callable[[], Mapping[str, Replicas]] = dict,
+        overrides: Callable[[], Mapping[str, Override]] = dict,
+        currency: Callable[[], str] = str,
+        keep: Callable[[Kept], None] = lambda kept: None,
     ) -> None:
         self._drivers, self._deployments, self._gauges = drivers, deployments, gauges
-        self._told, self._journal = told, journal
+        self._about, self._overrides, self._currency = about, overrides, currency
+        self._told, self._journal, self._keep = told, journal, keep
         self._stillborn: list[Replica] = []
         self._nudge = asyncio.Event()
-        self.carry = Carry()
+        self._heard, self._clock = Heard(), SteadyWall()
+        self._kept_s = mono_s()
+        self.learnt, self.shadows = Learnt(), Shadows(Kept().shadows)
+        self.carry, self.plan = Carry(), Plan()
+        self.snapshot: Snapshot | None = None
+
+    def resume(self, kept: Kept) -> None:
+        """Go on from what another control kept; before the first tick."""
+        self.carry = Carry(policies=kept.policies)
+        self.learnt = msgspec.structs.replace(kept.learnt, watched={})
+        self.shadows = Shadows(kept.shadows)
+
+    def kept(self) -> Kept:
+        return Kept(wall_s=wall_s(), policies=self.carry.policies, learnt=self.learnt, shadows=self.shadows.days())
 
     def nudge(self) -> None:
         """Something changed: tick now."""
@@ -44,27 +74,51 @@ class Loop:
         while True:
             self._nudge.clear()
             await self.tick()
+            rest_s = min(TICK_S, max(0.0, self._heard.at_s + TICK_S - mono_s()))
             try:
-                await asyncio.wait_for(self._nudge.wait(), TICK_S)
+                await asyncio.wait_for(self._nudge.wait(), rest_s)
             except TimeoutError:
                 continue
 
     async def tick(self) -> None:
-        snapshot = await self.observe()
+        snapshot, on_beat = await self.observe()
         carry = self.carry
         plan, self.carry = decide(snapshot, carry)
         self._journal.note(Line(wall_s=wall_s(), snapshot=snapshot, carry=carry, plan=plan, carry_after=self.carry))
+        self.snapshot, self.plan = snapshot, plan
         self._stillborn = await self.act(plan, snapshot)
         self._told([*snapshot.replicas, *self._stillborn], plan, self.carry)
+        if on_beat:
+            self._shadow(snapshot)
+            if snapshot.now_s - self._kept_s >= EVERY_S:
+                self._kept_s = snapshot.now_s
+                self._keep(self.kept())
 
-    async def observe(self) -> Snapshot:
-        busy = in_flight(self._gauges())
+    async def observe(self) -> tuple[Snapshot, bool]:
+        """What there is, and whether this tick is on the beat: its counts are taken."""
+        gauges, about = self._gauges(), self._about()
+        busy = in_flight(gauges)
         replicas = [
             msgspec.structs.replace(r, running=busy.get(r.id, r.running))
             for driver in self._drivers
             for r in await driver.observe()
         ]
-        return Snapshot(now_s=mono_s(), deployments=tuple(self._deployments()), replicas=(*replicas, *self._stillborn))
+        deployments, now_s = tuple(self._deployments()), mono_s()
+        loads, heard = read(gauges, self._heard, now_s, {m: a.kv_usage for m, a in about.items()})
+        on_beat = now_s - self._heard.at_s >= BEAT_S * TICK_S
+        self._heard = heard if on_beat else self._heard
+        self.learnt = learn(self.learnt, deployments, replicas, loads if on_beat else {}, about, now_s)
+        snapshot = Snapshot(
+            now_s=now_s,
+            now_wall_s=self._clock.at(now_s, wall_s()),
+            deployments=deployments,
+            replicas=(*replicas, *self._stillborn),
+            loads=loads,
+            traits={d.model: traits(d, self.learnt) for d in deployments},
+            overrides=dict(self._overrides()),
+            currency=self._currency(),
+        )
+        return snapshot, on_beat
 
     async def act(self, plan: Plan, snapshot: Snapshot) -> list[Replica]:
         """Carry out `plan`; each step is safe to repeat. A launch that fails at once is told as a dead replica."""
@@ -86,6 +140,28 @@ class Loop:
 
     def rows(self) -> tuple[ReplicaRow, ...]:
         return tuple(row for driver in self._drivers for row in driver.rows().values())
+
+    def _shadow(self, snapshot: Snapshot) -> None:
+        elastic = [d for d in snapshot.deployments if d.scale.max > d.scale.min and is_elastic(d, snapshot)]
+        self.shadows.keep_only(d.model for d in elastic)
+        for d in elastic:
+            load = snapshot.loads.get(d.model)
+            if load is not None and not is_stale(load) and load.tick_s > 0:
+                alive = sum(r.deployment == d.model and r.state in ("starting", "ready") for r in snapshot.replicas)
+                self.shadows.step(d, load, snapshot.traits[d.model], alive, snapshot.now_wall_s)
+
+
+class SteadyWall:
+    """Wall time that never goes back: daily patterns and timers lean on it. It follows a clock that was set ahead;
+    one that was set back is followed by the next control."""
+
+    def __init__(self) -> None:
+        self._ahead_s: float | None = None  # of the monotonic clock
+
+    def at(self, mono_s: float, wall_s: float) -> float:
+        if self._ahead_s is None or wall_s - mono_s - self._ahead_s > JUMP_S:
+            self._ahead_s = wall_s - mono_s
+        return mono_s + self._ahead_s
 
 
 def in_flight(gauges: Sequence[Gauges]) -> Mapping[str, int]:

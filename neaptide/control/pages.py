@@ -27,8 +27,17 @@ EXAMPLES: dict[str, Any] = {
     "createCompletion": {"model": "guide", "prompt": "Neaptide is", "max_tokens": 32},
     "tokenize": {"model": "guide", "prompt": "What is TTFT?"},
     "createKey": {"name": "my laptop"},
+    "setScale": {"model": "guide", "replicas": 2, "for_s": 7200},
 }
-QUERIES = {"apply": "dry_run=1", "getUsageTotals": "by=model", "listUsage": "limit=20", "down": "grace_s=20"}
+QUERIES = {
+    "apply": "dry_run=1",
+    "getUsageTotals": "by=model",
+    "listUsage": "limit=20",
+    "explainScale": "model=guide",
+    "clearScale": "model=guide",
+    "listShadows": "days=7",
+    "down": "grace_s=20",
+}
 
 
 class Piece(NamedTuple):

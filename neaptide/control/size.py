@@ -141,8 +141,9 @@ def _asked(case: Case, policy: Policy | None, memory: Memory) -> tuple[Asked, Me
         asked = Asked(case.scale.min, f"{case.scale.policy} keeps min", case.scale.min)
         return asked, memory, pack(memory)
     if load.tick_s < BEAT_S:
-        count = memory.wanted if memory.wanted is not None else held
-        return Asked(count, f"{case.scale.policy} decides at the next beat", count), memory, pack(memory)
+        known = case.last is not None and memory.wanted is not None
+        count = memory.wanted if known and memory.wanted is not None else held
+        return Asked(count, memory.why or f"{case.scale.policy} decides in a moment", count), memory, pack(memory)
     return _stepped(case, policy, memory, load)
 
 
@@ -156,8 +157,8 @@ def _stepped(case: Case, policy: Policy, memory: Memory, load: Load) -> tuple[As
         count = round(float(policy.want(seen, state)[0]))
         memory = replace(memory, next_s=case.now_s + policy.every_s - TICK_S / 2, wanted=count)
     memory = _usual(case, memory, count, load)
-    why = _policy_words(case, policy, seen, state, count)
-    return Asked(count, why, count), memory, pack(memory, state)
+    memory = replace(memory, why=_policy_words(case, policy, seen, state, count))
+    return Asked(count, memory.why, count), memory, pack(memory, state)
 
 
 def seen_of(case: Case, load: Load) -> SeenLive:
@@ -211,7 +212,7 @@ def _awake(case: Case, policy: Policy | None, memory: Memory, asked: Asked) -> A
         return asked._replace(replicas=count, why=asked.why if count else "nothing waits; a request would start one")
     if idle_s > after_s and (never or asked.replicas == 0):
         return asked._replace(
-            replicas=0, why=f"nothing came for {idle_s:.1f} s, longer than the {after_s:.1f} s a start is worth"
+            replicas=0, why=f"nothing came for {idle_s:.1f} s; idle ones are kept for {after_s:.1f} s"
         )
     if asked.replicas == 0:
         why = f"idle for {idle_s:.1f} s; goes to 0 after {after_s:.1f} s, which a start is worth"
