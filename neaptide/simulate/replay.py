@@ -189,11 +189,12 @@ class Replay:
             replica = replicas.all[number]
             if replica.engine.end_s != now_s:
                 continue  # it was cut short or has run on since
+            before = replica.target.in_flight
             replica.run(now_s)
             self._watch(replica)
             if replicas.leaving:
                 replicas.settle(replica, now_s)
-            if self._line:
+            if self._line and replica.target.in_flight < before:
                 self._dispatch(now_s)
 
     # ------------------------------------------------------------------------------------------------- replicas

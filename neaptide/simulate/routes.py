@@ -42,8 +42,9 @@ class LeastLoaded:
         self._turn = 0
 
     def pick(self, pool: Pool, id: int, now_s: float) -> Target | None:
-        self._turn += 1
-        return choose(pool.targets, now_s, self._turn)
+        target = choose(pool.targets, now_s, self._turn)
+        self._turn += target is not None
+        return target
 
 
 class RoundRobin:
@@ -82,10 +83,10 @@ class PrefixAffinity:
         self._turn = 0
 
     def pick(self, pool: Pool, id: int, now_s: float) -> Target | None:
-        self._turn += 1
         least = choose(pool.targets, now_s, self._turn)
         if least is None:
             return None
+        self._turn += 1
         blocks = self._book.shareable(id, self._block_tokens)
         target = self._familiar(pool, blocks, now_s, SPREAD * least.in_flight + SLACK) or least
         for block in blocks:

@@ -83,7 +83,8 @@ def capacity(setup: Setup, in_tokens: float, out_tokens: float) -> Capacity:
 
 def of_world(world: World, capacity_rps: float) -> Setup:
     """The fluid tier's world, request by request: each holds one of capacity x service places for service_s, nothing
-    depends on the batch, and the line is the gateway's. TTFT is the wait and up to two steps of 1/500 service."""
+    depends on the batch, and the line is the gateway's. TTFT is the wait and up to two steps of 1/500 service. Who
+    waits longer than slack_s is late here, there who still waits when the tick ends in which slack_s ends."""
     step_s = world.service_s / FLUID_STEPS
     slots = max(1, round(capacity_rps * world.service_s))
     traits = Traits(
