@@ -20,24 +20,28 @@ from neaptide.simulate.steps import Piece, pairs_of, piece_at
 
 ID_BITS = 32  # a heap's number is (count at which it is done) << ID_BITS | id: integers compare quicker than tuples
 ID_MASK = (1 << ID_BITS) - 1
+ENDLESS = 1 << 60  # steps
 
 
 class Fast:
     """Implements Engine."""
 
     __slots__ = (
-        "_base_s", "_batch_pieces", "_blocks", "_book", "_bounded", "_context", "_count", "_done", "_growth_s",
-        "_half_block", "_headroom", "_left", "_line", "_long", "_open", "_order", "_part", "_ready", "_start_s",
-        "_steps", "_tokens", "_traits", "end_s", "memory",
+        "_base_s", "_blocks", "_book", "_bounded", "_chunk", "_context", "_count", "_done", "_growth_s", "_half_block",
+        "_headroom", "_left", "_line", "_long", "_max_batch", "_open", "_order", "_pair_s", "_part", "_pieces",
+        "_ready", "_shares", "_start_s", "_steps", "_token_s", "_tokens", "_traits", "end_s", "memory",
     )  # fmt: skip
 
     def __init__(self, traits: Traits, book: Book) -> None:
         self._traits, self._book = traits, book
         self.memory = memory(traits)
-        self._bounded = traits.kv_tokens is not None or book.prefixes is not None
+        self._max_batch, self._chunk = traits.max_batch, traits.chunk_tokens
+        self._token_s, self._pair_s = traits.step.prefill_token_s, traits.step.prefill_pair_s
+        self._shares = book.prefixes is not None and traits.prefix_block_tokens > 0
+        self._bounded = traits.kv_tokens is not None or self._shares
         self._headroom = math.ceil(traits.headroom * self.memory.total)
         self._half_block = traits.kv_block_tokens // 2
-        self._batch_pieces: list[tuple[Piece, ...]] = []  # by batch, as far as they were asked for
+        self._pieces: list[tuple[Piece, ...]] = []  # by batch, as far as they were asked for
         self._line: deque[int] = deque()
         self._count = 0
         self._reset()
@@ -98,35 +102,39 @@ class Fast:
 
     def _compose(self) -> None:
         """Put the next steps together, from `_start_s` on, and say when they end."""
-        squeezed = False
-        if self._bounded and self._done:
-            squeezed = self._make_room()
-        done, tokens, pairs, most = self._done, 0, 0.0, 1 << 60
+        done = self._done
+        squeezed = self._make_room() if self._bounded and done else False
+        tokens, pairs, steps = 0, 0.0, ENDLESS
         self._long = False
         if self._line or self._left:
-            tokens, pairs, most = self._fill(squeezed)
+            tokens, pairs, steps = self._fill(squeezed)
         batch = len(done)
         if not batch and not tokens:
             self.end_s, self._open = math.inf, False
             return
-        traits = self._traits
-        _, at_zero_s, per_token_s = piece = self._piece(batch)
-        steps = most
+        until, at_zero_s, per_token_s = self._piece(batch)
         if batch:
-            steps = min(most, (done[0] >> ID_BITS) - self._count)
-            if self._bounded:
-                steps = min(steps, max(1, 1 + self.memory.free // batch))
-            if piece.until != math.inf:
-                steps = min(steps, max(1, math.ceil((piece.until - self._context) / batch)))
+            steps = self._most_steps(steps, batch, until)
         base_s, growth_s = at_zero_s + per_token_s * self._context, per_token_s * batch
         if tokens:
-            base_s += traits.step.prefill_token_s * tokens + traits.step.prefill_pair_s * pairs
+            base_s += self._token_s * tokens + self._pair_s * pairs
             if self._long:
                 self._left -= steps * tokens
-                growth_s += traits.step.prefill_pair_s * tokens * tokens
-        self._open = not tokens and steps > 1 and not self._line and batch < traits.max_batch
+                growth_s += self._pair_s * tokens * tokens
+        self._open = not tokens and steps > 1 and not self._line and batch < self._max_batch
         self._steps, self._base_s, self._growth_s = steps, base_s, growth_s
         self.end_s = self._start_s + steps * base_s + growth_s * (steps * (steps - 1) // 2)
+
+    def _most_steps(self, steps: int, batch: int, until: float) -> int:
+        """Until somebody is done, memory is full, or another piece begins."""
+        left = (self._done[0] >> ID_BITS) - self._count
+        if left < steps:
+            steps = left
+        if self._bounded and steps > 1 and self.memory.free < (steps - 1) * batch:
+            steps = max(1, 1 + self.memory.free // batch)
+        if until != math.inf:
+            steps = min(steps, max(1, math.ceil((until - self._context) / batch)))
+        return steps
 
     def _settle(self) -> None:
         """The jump has ended: who is done leaves, who is past the prompt has the first token."""
@@ -134,20 +142,22 @@ class Fast:
         done, book, steps = self._done, self._book, self._steps
         self._count = count = self._count + steps
         if done:
-            self._context += len(done) * steps
-            if self._bounded:
-                self.memory.take(len(done) * (steps - 1))
+            batch = len(done)
+            context = self._context + batch * steps
+            if self._bounded and steps > 1:
+                self.memory.take(batch * (steps - 1))
             end = (count + 1) << ID_BITS
             while done and done[0] < end:
                 id = heappop(done) & ID_MASK
-                self._context -= book.prompt[id] + book.out[id]
+                context -= book.prompt[id] + book.out[id]
                 self._finish(id, now_s)
+            self._context = context
         if self._ready:
             for id in self._ready:
                 made = book.made[id]
                 if not made:
                     book.first_s[id] = now_s
-                if self._bounded:
+                if self._shares:
                     self._learn(id)
                 left = book.out[id] - made - 1
                 if left:
@@ -158,9 +168,10 @@ class Fast:
             self._ready = []
 
     def _finish(self, id: int, now_s: float) -> None:
-        self._book.finish_s[id] = now_s
+        book = self._book
+        book.finish_s[id] = now_s
         if self._bounded:
-            self._release(id, self._book.prompt[id] + self._book.out[id] - 1)
+            self._release(id, book.prompt[id] + book.out[id] - 1)
 
     def _cut(self, now_s: float) -> None:
         """Somebody has come who can join: the jump ends with the step that runs now."""
@@ -178,17 +189,16 @@ class Fast:
         return 2 * elapsed_s / (slope + root)
 
     def _piece(self, batch: int) -> Piece:
-        known = self._batch_pieces
-        while len(known) <= batch:
-            known.append(self._traits.step.pieces(len(known)))
-        pieces = known[batch]
+        while len(self._pieces) <= batch:
+            self._pieces.append(self._traits.step.pieces(len(self._pieces)))
+        pieces = self._pieces[batch]
         return pieces[0] if len(pieces) == 1 else piece_at(pieces, self._context)
 
     # --------------------------------------------------------------------------------------------- prompts
 
     def _fill(self, squeezed: bool) -> tuple[int, float, int]:
         """Prompt tokens of a step, the pairs that they attend, and for how many steps it can go on like this."""
-        chunk = budget = self._traits.chunk_tokens
+        chunk = budget = self._chunk
         pairs = 0.0
         while budget:
             if not self._left and (squeezed or not self._line or not self._admit()):
@@ -205,27 +215,26 @@ class Fast:
             self._ready.append(self._part)
             budget -= left
             self._left = 0
-        return chunk - budget, pairs, 1 if budget < chunk else 1 << 60
+        return chunk - budget, pairs, 1 if budget < chunk else ENDLESS
 
     def _admit(self) -> bool:
         """The first in line begins, if there is room for it."""
         batch = len(self._done) + len(self._ready)
-        if batch >= self._traits.max_batch:
+        if batch >= self._max_batch:
             return False
         id = self._line[0]
         tokens = left = self._book.prompt[id] + self._book.made[id]
         if self._bounded:
-            wanted = self._book.wanted(id, self._traits.prefix_block_tokens)
-            known = wanted[: self.memory.known(wanted)]
+            known = self._known(id) if self._shares else []
             left -= len(known) * self.memory.block_tokens
-            private = left + self._half_block
-            if batch and private + self._headroom > self.memory.free_beside(known):
+            free = self.memory.free_beside(known) if known else self.memory.free
+            if batch and left + self._half_block + self._headroom > free:
                 return False
-            self.memory.hold(known)
-            self.memory.take(private)
-            self._order.append(id)
             if known:
+                self.memory.hold(known)
                 self._blocks[id] = known
+            self.memory.take(left + self._half_block)
+            self._order.append(id)
             if not self._book.made[id]:
                 self._book.cached[id] = tokens - left
         self._line.popleft()
@@ -233,6 +242,11 @@ class Fast:
         return True
 
     # --------------------------------------------------------------------------------------------- memory
+
+    def _known(self, id: int) -> list[int]:
+        """The blocks of its prompt that need no computing."""
+        wanted = self._book.wanted(id, self._traits.prefix_block_tokens)
+        return wanted[: self.memory.known(wanted)]
 
     def _make_room(self) -> bool:
         """A token of KV for each that decodes; was somebody put back for it?"""
@@ -272,6 +286,8 @@ class Fast:
             self._blocks[id] = held + self.memory.share(shareable[len(held) :])
 
     def _release(self, id: int, tokens: int) -> None:
-        blocks = self._blocks.pop(id, [])
-        self.memory.give(tokens + self._half_block - len(blocks) * self.memory.block_tokens)
-        self.memory.release(blocks)
+        if self._shares:
+            blocks = self._blocks.pop(id, [])
+            self.memory.release(blocks)
+            tokens -= len(blocks) * self.memory.block_tokens
+        self.memory.give(tokens + self._half_block)
