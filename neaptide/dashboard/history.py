@@ -38,7 +38,7 @@ class History:
         """One second of every model; `everything` is the window of all their rows."""
         now = {**models, ALL: together(models, everything)}
         self._last.append(now)
-        self._rings["15m"].append((wall_s, _rows(list(self._last)[-SMOOTH_S:])))
+        self._rings["15m"].append((wall_s, _rows(list(self._last)[-SMOOTH_S:], cost_now=True)))
         if not self._minute_began_s <= wall_s < self._minute_began_s + 60:
             if self._minute:
                 self._rings["24h"].append((self._minute_began_s, _rows(self._minute)))
@@ -50,7 +50,7 @@ class History:
         if not self._last:
             return {"t": None, "now": {}, "minute": {}}
         wall_s, rows = self._rings["15m"][-1]
-        minute = _rows(list(self._last))
+        minute = _rows(list(self._last), cost_now=True)
         return {
             "t": round(wall_s, 3),
             "now": {m: rounded(r) for m, r in rows.items()},
@@ -66,9 +66,13 @@ class History:
         return {"t": [round(t, 3) for t, _ in kept], "models": columns}
 
 
-def _rows(parts: list[dict[str, Tick]]) -> Rows:
-    """The models of the last part, over all parts in which they were."""
+def _rows(parts: list[dict[str, Tick]], cost_now: bool = False) -> Rows:
+    """The models of the last part, over all parts in which they were. `cost_now`: what the replicas cost at the end,
+    not their mean."""
     sums = {m: joined([p[m] for p in parts if m in p]) for m in parts[-1]}
+    if cost_now:
+        for model, last in parts[-1].items():
+            sums[model].replica_cost = last.replica_cost / last.span_s * sums[model].span_s
     spends = [t.window.spend_per_hour for m, t in sums.items() if m != ALL and t.fleet.remote and t.window]
     told = [s for s in spends if not math.isnan(s)]
     remote = sum(told) if told else NAN

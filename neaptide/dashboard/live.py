@@ -16,7 +16,7 @@ from neaptide.table import Gauges
 from neaptide.types import Slo, Usage
 
 NAN = math.nan
-SUMS = ("arrivals", "done", "errors", "tokens", "late", "ttft_sum_s", "tpot_sum_s")
+SUMS = ("arrivals", "done", "errors", "tokens", "late", "firsts", "ttft_sum_s", "paced", "tpot_sum_s")
 LEVELS = ("waiting", "running", "oldest_wait_s")
 FIELDS = (
     "arrivals_per_s",
@@ -34,6 +34,7 @@ FIELDS = (
     "running",
     "oldest_wait_s",
     "slots",  # requests that the ready replicas run at once
+    "capacity_per_s",  # requests that the ready replicas serve within the SLO
     "ready",
     "starting",
     "wanted",
@@ -66,6 +67,7 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     billed: int = 0  # ready, starting, draining: what costs
     wanted: float = NAN
     slots: float = NAN  # NaN: without limit, or not told
+    capacity_per_s: float = NAN
     price_per_hour: float = 0.0  # of one replica; 0: not known
     remote: bool = False  # somebody else runs them: what they cost is what their tokens cost
 
@@ -78,8 +80,10 @@ class Tick(msgspec.Struct, kw_only=True):
     done: float = NAN
     errors: float = NAN
     tokens: float = NAN
-    late: float = NAN
+    late: float = NAN  # of those done, errors of ours included
+    firsts: float = NAN  # of those done: had a first token
     ttft_sum_s: float = NAN
+    paced: float = NAN  # of those done: had a time between tokens
     tpot_sum_s: float = NAN
     waiting: float = NAN
     running: float = NAN
@@ -139,6 +143,7 @@ def together(models: Mapping[str, Tick], window: Window | None) -> Tick:
         billed=sum(f.billed for f in fleets),
         wanted=_known(sum, [f.wanted for f in fleets]),
         slots=sum(f.slots for f in fleets),  # one without limit makes all without limit
+        capacity_per_s=_known(sum, [f.capacity_per_s for f in fleets]),
         price_per_hour=0.0,
         remote=bool(fleets) and all(f.remote for f in fleets),
     )
@@ -176,15 +181,16 @@ def row(tick: Tick, remote_spend: float = NAN) -> list[float]:
         share,
         tick.errors / tick.span_s,
         tokens_per_s,
-        _per(tick.ttft_sum_s, tick.done),
+        _per(tick.ttft_sum_s, tick.firsts),
         window.ttft_p50_s,
         window.ttft_p95_s,
-        _first(_per(tick.tpot_sum_s, tick.done), window.tpot_p50_s),
+        _first(_per(tick.tpot_sum_s, tick.paced), window.tpot_p50_s),
         window.tpot_p95_s,
         tick.waiting,
         tick.running,
         tick.oldest_wait_s,
         tick.fleet.slots,
+        tick.fleet.capacity_per_s,
         tick.fleet.ready,
         tick.fleet.starting,
         tick.fleet.wanted,
@@ -198,7 +204,7 @@ def row(tick: Tick, remote_spend: float = NAN) -> list[float]:
 def _share(tick: Tick, window: Window) -> float:
     """Ended within the SLO, of all that ended: counted by the gateways where they do, else of the ledger's rows."""
     if not math.isnan(tick.late) and tick.done:
-        return max(0.0, 1.0 - (tick.late + tick.errors) / tick.done)
+        return max(0.0, 1.0 - tick.late / tick.done)
     return window.share_in_slo
 
 

@@ -11,7 +11,7 @@ from neaptide.clock import mono_s, wall_s
 from neaptide.control.port import UsageFilter, UsageRow
 from neaptide.dashboard.live import NAN, Fleet
 from neaptide.table import Gauges
-from neaptide.types import Plan, Replica, Slo
+from neaptide.types import Plan, Replica, Slo, Traits
 
 if TYPE_CHECKING:
     from neaptide.control.app import Control
@@ -30,6 +30,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     max: int = 0
     policy: str = ""
     price_per_hour: float = 0.0  # of one replica; 0: not known
+    learnt: str = ""  # what one replica serves: assumed | measured
     failing: str = ""
 
 
@@ -39,7 +40,7 @@ class ReplicaLine(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     running: int = 0
     slots: int | None = None  # None: without limit, or not told
-    started_wall_s: float = 0.0
+    started_wall_s: float = 0.0  # 0: not told
     error: str = ""
 
 
@@ -103,7 +104,7 @@ class ControlSource:
             gauges=tuple(g.gauges for g in heard if g.gauges is not None),
             fleets={d.model: self._fleet(d.model, slots) for d in c.deployments},
             about=tuple(self._about(d.model) for d in c.deployments),
-            replicas=tuple(self._line(r, slots[r.id]) for r in c.replicas),
+            replicas=tuple(self._line(r, slots[r.id], now_s) for r in c.replicas),
             plans=tuple(c.plans),
         )
 
@@ -118,6 +119,8 @@ class ControlSource:
         settings = self._control.settings.models[model]
         mine = [r for r in self._control.replicas if r.deployment == model]
         ready = [slots[r.id] for r in mine if r.state == "ready"]
+        traits = self._traits(model)
+        serves = traits.slots / traits.service_s if traits and traits.service_s else NAN
         wanted = self._control.loop.carry.wanted.get(model, settings.scale.min)
         return Fleet(
             ready=len(ready),
@@ -125,13 +128,14 @@ class ControlSource:
             billed=len(mine),
             wanted=NAN if settings.replicas else float(wanted),
             slots=sum(NAN if n is None else n for n in ready),
+            capacity_per_s=serves * len(ready),
             price_per_hour=settings.scale.price_per_hour,
             remote=bool(settings.replicas),
         )
 
     def _about(self, model: str) -> About:
         settings = self._control.settings.models[model]
-        scale = settings.scale
+        scale, traits = settings.scale, self._traits(model)
         return About(
             model=model,
             engine="" if settings.replicas else settings.engine or "openvino",
@@ -141,17 +145,22 @@ class ControlSource:
             max=scale.max,
             policy=scale.policy,
             price_per_hour=scale.price_per_hour,
+            learnt=traits.learnt if traits else "",
             failing=self._control.failing.get(model, ""),
         )
 
-    def _line(self, replica: Replica, slots: int | None) -> ReplicaLine:
-        child = next((p for p in self._control.processes if p.id == replica.id), None)
+    def _traits(self, model: str) -> Traits | None:
+        """What the loop has learnt of one replica; None before it has looked, and for replicas that others run."""
+        seen = self._control.loop.snapshot
+        return seen.traits.get(model) if seen else None
+
+    def _line(self, replica: Replica, slots: int | None, now_s: float) -> ReplicaLine:
         return ReplicaLine(
             id=replica.id,
             model=replica.deployment,
             state=replica.state,
             running=replica.running,
             slots=slots,
-            started_wall_s=child.started_wall_s if child else 0.0,
+            started_wall_s=wall_s() - (now_s - replica.started_s) if replica.started_s else 0.0,
             error=replica.error,
         )

@@ -11,7 +11,27 @@ const holds = signal(true);
 const mine = () => flags.value.filter((f) => chosen.value === ALL || f.model === chosen.value);
 const visible = () => mine().filter((f) => holds.value || f.action !== "hold");
 
+/** How sure the capacity is: as sure as of the least known of the shown models. */
+function note() {
+  const told = state.value.models.filter((m) => !m.remote && (chosen.value === ALL || m.model === chosen.value)).map((m) => m.learnt);
+  if (!told.length || told.includes("")) return t("capacity.untold");
+  return told.includes("assumed") ? t("capacity.assumed") : t("capacity.note");
+}
+
 function Demand() {
+  const model = chosen.value;
+  const n = (v) => count(v);
+  const series = [
+    { label: t("capacity.per_s"), colour: "good", step: true, format: n, fill: "good-soft", width: 1.5 },
+    { label: t("capacity.arrivals"), colour: "main", format: n, width: 2 },
+    { label: t("capacity.done"), colour: "dim", format: n, dash: [3, 3], width: 1 },
+  ];
+  const data = [times(), ...["capacity_per_s", "arrivals_per_s", "requests_per_s"].map((name) => column(model, name))];
+  return html`<${Chart} title=${t("capacity.rate")} note=${note()} height=${240} series=${series} data=${data}
+    format=${n} least=${1} flags=${visible()} chosen=${picked.value} pick=${(id) => (picked.value = id)} />`;
+}
+
+function AtOnce() {
   const model = chosen.value;
   const running = column(model, "running");
   const waiting = column(model, "waiting");
@@ -23,9 +43,9 @@ function Demand() {
     { label: t("capacity.demand"), colour: "main", format: n, width: 2 },
     { label: t("capacity.waiting"), colour: "bad", format: n, fill: "bad-soft", width: 1.25 },
   ];
-  const note = slots.at(-1) === null || slots.at(-1) === undefined ? t("capacity.no_slots") : t("capacity.note");
-  return html`<${Chart} title=${t("capacity.title")} note=${note} height=${250} series=${series} data=${[times(), slots, demand, waiting]}
-    format=${n} least=${1} flags=${visible()} chosen=${picked.value} pick=${(id) => (picked.value = id)} />`;
+  const limit = slots.at(-1) === null || slots.at(-1) === undefined ? t("capacity.no_slots") : t("capacity.limited");
+  return html`<${Chart} title=${t("capacity.title")} note=${limit} height=${150} series=${series} data=${[times(), slots, demand, waiting]}
+    format=${n} least=${1} />`;
 }
 
 function Lanes() {
@@ -79,6 +99,6 @@ function Replicas() {
 
 export function Capacity() {
   beat.value; // redraw with each second
-  return html`<section class="card"><${Demand} /><${Lanes} /></section>
+  return html`<section class="card"><${Demand} /><${AtOnce} /><${Lanes} /></section>
     <section class="card"><${Decisions} /></section><section class="card"><${Replicas} /></section>`;
 }

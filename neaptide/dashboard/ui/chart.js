@@ -3,10 +3,11 @@ import { html } from "./html.js";
 import { useEffect, useRef } from "preact/hooks";
 import uPlot from "uplot";
 import { clock } from "./numbers.js";
-import { language } from "./words.js";
+import { language, t } from "./words.js";
 import { range } from "./store.js";
 import { theme } from "./theme.js";
 
+const LEAST_S = 180; // a fresh page is not mostly empty
 const SPAN = { "15m": 900, "24h": 86400 };
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const stepped = uPlot.paths.stepped({ align: 1 });
@@ -39,11 +40,11 @@ function options(p, place) {
     cursor: { sync: { key: "page" }, y: false, points: { size: 6 } },
     legend: { live: true, markers: { width: 2 } },
     scales: {
-      x: { time: true, range: (u, from, to) => [(to ?? 0) - SPAN[range.peek()], to ?? 1] },
+      x: { time: true, range: (u, from, to) => [Math.max((to ?? 0) - SPAN[range.peek()], Math.min(from ?? 0, (to ?? 0) - LEAST_S)), to ?? 1] },
       y: { range: (u, from, to) => [0, Math.max(to ?? 0, p.least ?? 0) * 1.08 || 1] },
     },
     axes: axes(p.format, p.ribbon),
-    series: [{ label: "t", value: (u, v) => (v ? clock(v) : "") }, ...p.series.map(line)],
+    series: [{ label: t("chart.time"), value: (u, v) => (v ? clock(v) : "") }, ...p.series.map(line)],
     bands: (p.bands ?? []).map((b) => ({ series: b.series, fill: colour(b.fill) })),
     hooks: { draw: [(u) => p.flags && placeFlags(u, p)] },
   };
@@ -83,8 +84,9 @@ export function Chart(p) {
     const current = () => latest.current;
     const live = { ...p, flags: p.flags && (() => current().flags), chosen: () => current().chosen, pick: (id) => current().pick(id) };
     const u = (plot.current = new uPlot(options(live, place.current), p.data, place.current));
-    const sized = new ResizeObserver(() => u.setSize({ width: place.current.clientWidth, height: p.height }));
-    sized.observe(place.current);
+    const here = place.current;
+    const sized = new ResizeObserver(() => here.isConnected && u.setSize({ width: here.clientWidth, height: p.height }));
+    sized.observe(here);
     return () => (sized.disconnect(), u.destroy());
   }, [language.value, theme.value, p.series.length, p.height, p.title]);
   useEffect(() => plot.current?.setData(p.data));
