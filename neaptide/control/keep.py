@@ -81,7 +81,7 @@ def _resumed(model: str, raw: bytes, policies: Mapping[str, str], age_s: float) 
         )
         return None
     if age_s > OLD_S and wanted != "slo":
-        log.info("%s: what the policy %s remembered is %.0f s old and starts anew", model, wanted, age_s)
+        log.warning("%s: what the policy %s remembered is %.0f s old and starts anew", model, wanted, age_s)
         return None
     return pack(msgspec.structs.replace(memory, next_s=-math.inf, wanted=None))
 

@@ -168,7 +168,7 @@ class Scaling:
             override=self._overrides.get(d.model),
             clamp=choice.clamp if choice else "",
             sentence=choice.sentence if choice else "",
-            cost_per_hour=(ready + starting) * price if price else None,
+            cost_per_hour=round((ready + starting) * price, 9) if price else None,
         )
 
     def choices(self, model: str, limit: int) -> Choices:
@@ -216,7 +216,7 @@ def _shadow_row(day: str, d: Deployment, name: str, rows: dict[str, Day]) -> Sha
         policy=policy_name(d.scale) if name == REAL else name,
         real=name == REAL,
         replica_hours=of.replica_s / 3600,
-        cost=of.replica_s / 3600 * price if price else None,
+        cost=round(of.replica_s / 3600 * price, 9) if price else None,
         arrivals=of.arrivals,
         attainment=1 - of.late / of.arrivals if of.arrivals else None,
     )
