@@ -14,6 +14,7 @@ BENCHMARKS = {
     "gateway": ("bench.gateway.run", [], ["--repeat", "1", "--duration", "1", "--warmup", "0.5", "--streams", "100"]),
     "link": ("bench.gateway.link", [], ["--repeat", "1", "--duration", "1", "--warmup", "0.5", "--streams", "100"]),
     "serve": ("bench.serve", [], ["--repeat", "1", "--duration", "2", "--warmup", "1", "--streams", "4"]),
+    "simulate": ("bench.simulate", [], ["--requests", "3000", "--exact", "500", "--repeat", "1"]),
     "soak": ("bench.soak", [], ["--requests", "1000", "--round", "100"]),
 }
 

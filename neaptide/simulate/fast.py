@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from functools import lru_cache
 from heapq import heapify, heappop, heappush
 
 from neaptide.simulate.engine import Book, Traits, could_hold, memory
@@ -21,27 +22,37 @@ from neaptide.simulate.steps import Piece, pairs_of, piece_at
 ID_BITS = 32  # a heap's number is (count at which it is done) << ID_BITS | id: integers compare quicker than tuples
 ID_MASK = (1 << ID_BITS) - 1
 ENDLESS = 1 << 60  # steps
+IDLE = math.inf
+
+
+@lru_cache(maxsize=64)
+def _pieces(traits: Traits) -> tuple[tuple[Piece, ...], ...]:
+    """By batch."""
+    return tuple(traits.step.pieces(batch) for batch in range(traits.max_batch + 1))
 
 
 class Fast:
     """Implements Engine."""
 
     __slots__ = (
-        "_base_s", "_blocks", "_book", "_bounded", "_chunk", "_context", "_count", "_done", "_growth_s", "_half_block",
-        "_headroom", "_left", "_line", "_long", "_max_batch", "_open", "_order", "_pair_s", "_part", "_pieces",
-        "_ready", "_shares", "_start_s", "_steps", "_token_s", "_tokens", "_traits", "end_s", "memory",
+        "_base_s", "_blocks", "_book", "_bounded", "_chunk", "_context", "_count", "_done", "_finish_s", "_first_s",
+        "_growth_s", "_half_block", "_headroom", "_left", "_line", "_long", "_made", "_max_batch", "_open", "_order",
+        "_out", "_pair_s", "_part", "_pieces", "_prompt", "_ready", "_shares", "_start_s", "_steps", "_token_s",
+        "_tokens", "_traits", "end_s", "memory",
     )  # fmt: skip
 
     def __init__(self, traits: Traits, book: Book) -> None:
         self._traits, self._book = traits, book
-        self.memory = memory(traits)
+        self._prompt, self._out, self._made = book.prompt, book.out, book.made
+        self._first_s, self._finish_s = book.first_s, book.finish_s
         self._max_batch, self._chunk = traits.max_batch, traits.chunk_tokens
         self._token_s, self._pair_s = traits.step.prefill_token_s, traits.step.prefill_pair_s
+        self._pieces = _pieces(traits)
         self._shares = book.prefixes is not None and traits.prefix_block_tokens > 0
         self._bounded = traits.kv_tokens is not None or self._shares
+        self.memory = memory(traits)
         self._headroom = math.ceil(traits.headroom * self.memory.total)
         self._half_block = traits.kv_block_tokens // 2
-        self._pieces: list[tuple[Piece, ...]] = []  # by batch, as far as they were asked for
         self._line: deque[int] = deque()
         self._count = 0
         self._reset()
@@ -56,7 +67,7 @@ class Fast:
         self._steps, self._start_s, self._base_s, self._growth_s = 0, 0.0, 0.0, 0.0  # of this jump
         self._long = False  # this jump prefills nothing but a long prompt
         self._open = False  # who comes may cut this jump short
-        self.end_s = math.inf
+        self.end_s = IDLE
 
     @property
     def in_flight(self) -> int:
@@ -67,7 +78,7 @@ class Fast:
         return len(self._line)
 
     def run(self, ids: Sequence[int], times: Sequence[float], until_s: float) -> None:
-        prompt, out, most = self._book.prompt, self._book.out, self.memory.total
+        prompt, out, most = self._prompt, self._out, self.memory.total
         line, settle, compose = self._line, self._settle, self._compose
         for id, now_s in zip(ids, times):
             while self.end_s <= now_s:
@@ -78,7 +89,7 @@ class Fast:
             line.append(id)
             if self._open:
                 self._cut(now_s)
-            elif self.end_s == math.inf:
+            elif self.end_s == IDLE:
                 self._start_s = now_s
                 compose()
         while self.end_s <= until_s:
@@ -110,11 +121,16 @@ class Fast:
             tokens, pairs, steps = self._fill(squeezed)
         batch = len(done)
         if not batch and not tokens:
-            self.end_s, self._open = math.inf, False
+            self.end_s, self._open = IDLE, False
             return
-        until, at_zero_s, per_token_s = self._piece(batch)
+        pieces = self._pieces[batch]
+        until, at_zero_s, per_token_s = pieces[0] if len(pieces) == 1 else piece_at(pieces, self._context)
         if batch:
-            steps = self._most_steps(steps, batch, until)
+            steps = min(steps, (done[0] >> ID_BITS) - self._count)
+            if self._bounded and steps > 1 and self.memory.free < (steps - 1) * batch:
+                steps = max(1, 1 + self.memory.free // batch)
+            if until != math.inf:
+                steps = min(steps, max(1, math.ceil((until - self._context) / batch)))
         base_s, growth_s = at_zero_s + per_token_s * self._context, per_token_s * batch
         if tokens:
             base_s += self._token_s * tokens + self._pair_s * pairs
@@ -125,57 +141,48 @@ class Fast:
         self._steps, self._base_s, self._growth_s = steps, base_s, growth_s
         self.end_s = self._start_s + steps * base_s + growth_s * (steps * (steps - 1) // 2)
 
-    def _most_steps(self, steps: int, batch: int, until: float) -> int:
-        """Until somebody is done, memory is full, or another piece begins."""
-        left = (self._done[0] >> ID_BITS) - self._count
-        if left < steps:
-            steps = left
-        if self._bounded and steps > 1 and self.memory.free < (steps - 1) * batch:
-            steps = max(1, 1 + self.memory.free // batch)
-        if until != math.inf:
-            steps = min(steps, max(1, math.ceil((until - self._context) / batch)))
-        return steps
-
     def _settle(self) -> None:
         """The jump has ended: who is done leaves, who is past the prompt has the first token."""
         now_s = self._start_s = self.end_s
-        done, book, steps = self._done, self._book, self._steps
+        done, steps = self._done, self._steps
         self._count = count = self._count + steps
         if done:
             batch = len(done)
-            context = self._context + batch * steps
+            self._context += batch * steps
             if self._bounded and steps > 1:
                 self.memory.take(batch * (steps - 1))
             end = (count + 1) << ID_BITS
             while done and done[0] < end:
                 id = heappop(done) & ID_MASK
-                context -= book.prompt[id] + book.out[id]
+                self._context -= self._prompt[id] + self._out[id]
                 self._finish(id, now_s)
-            self._context = context
         if self._ready:
             for id in self._ready:
-                made = book.made[id]
-                if not made:
-                    book.first_s[id] = now_s
-                if self._shares:
-                    self._learn(id)
-                left = book.out[id] - made - 1
-                if left:
-                    heappush(done, (count + left) << ID_BITS | id)
-                    self._context += book.prompt[id] + made + 1
-                else:
-                    self._finish(id, now_s)
+                self._begin(id, now_s, count)
             self._ready = []
 
+    def _begin(self, id: int, now_s: float, count: int) -> None:
+        """It is past the prompt."""
+        made = self._made[id]
+        if not made:
+            self._first_s[id] = now_s
+        if self._shares:
+            self._learn(id)
+        left = self._out[id] - made - 1
+        if left:
+            heappush(self._done, (count + left) << ID_BITS | id)
+            self._context += self._prompt[id] + made + 1
+        else:
+            self._finish(id, now_s)
+
     def _finish(self, id: int, now_s: float) -> None:
-        book = self._book
-        book.finish_s[id] = now_s
+        self._finish_s[id] = now_s
         if self._bounded:
-            self._release(id, book.prompt[id] + book.out[id] - 1)
+            self._release(id, self._prompt[id] + self._out[id] - 1)
 
     def _cut(self, now_s: float) -> None:
         """Somebody has come who can join: the jump ends with the step that runs now."""
-        steps = max(1, math.ceil(self._ran(now_s)))
+        steps = math.ceil(self._ran(now_s)) or 1
         if steps < self._steps:
             self._steps = steps
             self.end_s = self._start_s + steps * self._base_s + self._growth_s * (steps * (steps - 1) // 2)
@@ -187,12 +194,6 @@ class Fast:
         slope = self._base_s - self._growth_s / 2
         root = math.sqrt(max(0.0, slope * slope + 2 * self._growth_s * elapsed_s))
         return 2 * elapsed_s / (slope + root)
-
-    def _piece(self, batch: int) -> Piece:
-        while len(self._pieces) <= batch:
-            self._pieces.append(self._traits.step.pieces(len(self._pieces)))
-        pieces = self._pieces[batch]
-        return pieces[0] if len(pieces) == 1 else piece_at(pieces, self._context)
 
     # --------------------------------------------------------------------------------------------- prompts
 
@@ -223,7 +224,7 @@ class Fast:
         if batch >= self._max_batch:
             return False
         id = self._line[0]
-        tokens = left = self._book.prompt[id] + self._book.made[id]
+        tokens = left = self._prompt[id] + self._made[id]
         if self._bounded:
             known = self._known(id) if self._shares else []
             left -= len(known) * self.memory.block_tokens
@@ -235,7 +236,7 @@ class Fast:
                 self._blocks[id] = known
             self.memory.take(left + self._half_block)
             self._order.append(id)
-            if not self._book.made[id]:
+            if not self._made[id]:
                 self._book.cached[id] = tokens - left
         self._line.popleft()
         self._part, self._tokens, self._left = id, tokens, left

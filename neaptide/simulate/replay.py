@@ -147,9 +147,9 @@ class Replay:
         replicas = self.replicas.ready
         for at, replica in enumerate(replicas):
             ids = range(first + (at - robin.turn) % len(replicas), end, len(replicas))
-            for id in ids:
-                self.book.replica[id] = replica.number
-            replica.engine.run(ids, self.book.arrived_s[ids.start : end : ids.step], until_s)
+            share = slice(ids.start, end, ids.step)
+            self.book.replica[share] = [replica.number] * len(ids)
+            replica.engine.run(ids, self.book.arrived_s[share], until_s)
             replica.target.in_flight = replica.engine.in_flight
         robin.turn += end - first
 
