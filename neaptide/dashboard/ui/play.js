@@ -29,6 +29,15 @@ function request(question) {
   return { ...body, stream: true, stream_options: { include_usage: true } };
 }
 
+/** `show` at most once a frame, with the newest: an engine may be faster than a screen. */
+function paced(show) {
+  let newest = null;
+  return (answer) => {
+    if (newest === null) requestAnimationFrame(() => (show(newest), (newest = null)));
+    newest = answer;
+  };
+}
+
 async function send(question) {
   if (!question.trim() || running()) return;
   const body = request(question);
@@ -37,13 +46,14 @@ async function send(question) {
   turns.value = [...turns.value, { question, body, answer: null, busy: true }];
   draft.value = "";
   stopper = new AbortController();
-  const answer = await ask(body, stopper.signal, (answer) => put({ answer }));
+  const answer = await ask(body, stopper.signal, paced((answer) => running() && put({ answer })));
   put({ answer, busy: false });
   const row = await ledgerRow(answer.id);
   if (row) put({ answer: { ...answer, row } });
 }
 
 const W = 1000;
+const TICKS = 400; // more could not be told apart
 
 /** Waited, until the first token, tokens, end; a tick a token. */
 function Waterfall({ a }) {
@@ -51,7 +61,8 @@ function Waterfall({ a }) {
   const x = (s) => Math.min(W, (s / whole) * W);
   const first = a.first ?? whole;
   const queued = Math.min(a.row?.usage.queued_s ?? 0, first);
-  const ticks = a.at.map((s) => `M${x(s).toFixed(1)} 4V24`).join("");
+  const every = Math.ceil(a.at.length / TICKS);
+  const ticks = a.at.filter((_, n) => n % every === 0).map((s) => `M${x(s).toFixed(1)} 4V24`).join("");
   return html`<svg class="waterfall" viewBox="0 0 ${W} 28" preserveAspectRatio="none" role="img" aria-label=${t("play.waterfall")}>
     <rect class="queued" x="0" y="8" width=${x(queued)} height="12" /><rect class="prefill" x=${x(queued)} y="8" width=${x(first) - x(queued)} height="12" />
     <rect class="decode" x=${x(first)} y="8" width=${W - x(first)} height="12" /><path class="token" d=${ticks} /></svg>`;
@@ -104,8 +115,8 @@ function Settings() {
 
 function Beginning() {
   const chips = (current() === GUIDE && session.value.chips?.[language.value]) || [];
-  return html`<p class="hint">${current() === GUIDE ? t("play.guide") : t("play.empty")}</p>
-    <p class="chips">${chips.map((text) => html`<button key=${text} onClick=${() => send(text)}>${text}</button>`)}</p>`;
+  return html`<div><p class="hint">${current() === GUIDE ? t("play.guide") : t("play.empty")}</p>
+    <p class="chips">${chips.map((text) => html`<button key=${text} onClick=${() => send(text)}>${text}</button>`)}</p></div>`;
 }
 
 const typed = (e) => {
@@ -124,10 +135,10 @@ export function Playground() {
       ${names.map((name) => html`<option key=${name} value=${name}>${name}</option>`)}</select></label>
       <button onClick=${() => (turns.value = [])} disabled=${running() || !turns.value.length}>${t("play.new")}</button></header>
     ${turns.value.length ? html`<ol class="turns">${turns.value.map((turn, n) => html`<${Turn} turn=${turn} key=${n} />`)}</ol>` : html`<${Beginning} />`}
-    <div ref=${end}></div>
+    <div ref=${end}></div><${Settings} />
     <form onSubmit=${(e) => (e.preventDefault(), send(draft.value))}>
       <textarea rows="2" aria-label=${t("play.ask")} placeholder=${t("play.ask")} value=${draft.value} onInput=${(e) => (draft.value = e.target.value)} onKeyDown=${typed}></textarea>
-      ${running() ? html`<button type="button" class="stop" onClick=${() => stopper.abort()}>${t("play.stop")}</button>`
-        : html`<button type="submit" class="send" disabled=${!draft.value.trim()}>${t("play.send")}</button>`}
-    </form><${Settings} /></section>`;
+      ${running() ? html`<button key="stop" type="button" class="stop" onClick=${() => stopper.abort()}>${t("play.stop")}</button>`
+        : html`<button key="send" type="submit" class="send" disabled=${!draft.value.trim()}>${t("play.send")}</button>`}
+    </form></section>`;
 }
