@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import OrderedDict
 from typing import Literal, Protocol
@@ -11,7 +12,8 @@ from neaptide.simulate.engine import Book
 
 RouteName = Literal["least-loaded", "round-robin", "two-choices", "prefix"]
 KNOWN_BLOCKS = 200_000  # that the prefix route remembers
-SPREAD, SLACK = 1.5, 4  # it leaves a replica that has more in flight than 1.5 x the least loaded one + 4
+MATCH = 0.5  # of a prompt's blocks must be known to it, or the load decides: a system prompt is known to everybody
+SPREAD, SLACK = 1.5, 1  # it leaves a replica that has more in flight than 1.5 x the least loaded one + 1
 
 
 class Pool:
@@ -75,7 +77,7 @@ class TwoChoices:
 
 
 class PrefixAffinity:
-    """To the replica that has seen the longest part of its prompt, unless that one is much more loaded."""
+    """To the replica that has seen most of its prompt lately, unless that one is much more loaded."""
 
     def __init__(self, book: Book, block_tokens: int) -> None:
         self._book, self._block_tokens = book, block_tokens
@@ -97,7 +99,7 @@ class PrefixAffinity:
         return target
 
     def _familiar(self, pool: Pool, blocks: list[int], now_s: float, most: float) -> Target | None:
-        for block in reversed(blocks):
+        for block in reversed(blocks[math.ceil(MATCH * len(blocks)) - 1 :]):
             target = pool.by_id.get(self._where.get(block, ""))
             if target is not None:
                 return target if target.in_flight <= most and target.can_take(now_s) else None
