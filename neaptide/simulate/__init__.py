@@ -7,4 +7,11 @@ before it may decide live. Nothing here serves anybody; docs/decisions/0020 hold
     fluid      policies side by side over rates  bound      the clairvoyant schedule
     compare    all of it → a Comparison          outcome    → JSON
     policies   every policy by name              report     → a page (plots, svg, texts)
+
+and request by request (docs/decisions/0022):
+
+    sample     rates → single requests           replay     requests, settings, policy → served
+    steps      what an engine's step takes       replicas   launched, ready, leaving, paid (cold, spot)
+    exact      an engine, step by step           routes     who gets a request
+    fast       the same, by jumps                singly     a comparison in these tiers
 """
