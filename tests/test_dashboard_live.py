@@ -15,6 +15,7 @@ from neaptide.dashboard.feed import BEHIND, Feed
 from neaptide.dashboard.flags import KEPT, Flags, model_of
 from neaptide.dashboard.history import ALL, MINUTES, SECONDS, History
 from neaptide.dashboard.live import FIELDS, Fleet, Tick, Window, joined, quantile, rounded, row, ticks, together, window
+from neaptide.dashboard.live import shown as spoken
 from neaptide.errors import StorageError
 from neaptide.table import Gauges, ModelGauge
 from neaptide.types import Attempt, Choice, Launch, Plan, Slo, Usage
@@ -62,7 +63,7 @@ def test_what_nobody_told_is_missing_and_never_nothing() -> None:
     numbers = shown(Tick(span_s=1.0))
     counted = {"ready", "starting"}  # of replicas, which control knows itself
     assert {name for name, v in numbers.items() if not math.isnan(v)} == counted
-    assert rounded([math.nan, math.inf, 0.0, 1 / 3]) == [None, None, 0.0, 0.3333]
+    assert spoken(map(rounded, [math.nan, math.inf, 0.0, 1 / 3])) == [None, None, 0.0, 0.3333]
 
 
 def test_no_requests_is_no_quantile_no_mean_and_no_share() -> None:

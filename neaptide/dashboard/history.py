@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from neaptide.dashboard.live import FIELDS, NAN, Tick, Window, joined, rounded, row, together
+from neaptide.dashboard.live import FIELDS, NAN, Tick, Window, joined, rounded, row, shown, together
 
 Span = Literal["15m", "24h"]
 SECONDS, MINUTES = 900, 1440
@@ -53,8 +53,8 @@ class History:
         minute = _rows(list(self._last), cost_now=True)
         return {
             "t": round(wall_s, 3),
-            "now": {m: rounded(r) for m, r in rows.items()},
-            "minute": {m: rounded(r) for m, r in minute.items()},
+            "now": {m: shown(r) for m, r in rows.items()},
+            "minute": {m: shown(r) for m, r in minute.items()},
         }
 
     def columns(self, span: Span, since_s: float = -math.inf) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class History:
         kept = [(t, rows) for t, rows in self._rings[span] if t > since_s]
         models = dict.fromkeys(m for _, rows in kept for m in rows)
         blank = array("d", [NAN] * len(FIELDS))
-        columns = {m: [rounded(c) for c in zip(*(rows.get(m, blank) for _, rows in kept))] for m in models}
+        columns = {m: [shown(c) for c in zip(*(rows.get(m, blank) for _, rows in kept))] for m in models}
         return {"t": [round(t, 3) for t, _ in kept], "models": columns}
 
 
@@ -76,4 +76,4 @@ def _rows(parts: list[dict[str, Tick]], cost_now: bool = False) -> Rows:
     spends = [t.window.spend_per_hour for m, t in sums.items() if m != ALL and t.fleet.remote and t.window]
     told = [s for s in spends if not math.isnan(s)]
     remote = sum(told) if told else NAN
-    return {m: array("d", row(t, remote if m == ALL else NAN)) for m, t in sums.items()}
+    return {m: array("d", map(rounded, row(t, remote if m == ALL else NAN))) for m, t in sums.items()}
