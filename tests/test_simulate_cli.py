@@ -16,6 +16,8 @@ from neaptide.simulate import policies, sources
 from neaptide.simulate.arrivals import DAY_S, Rates, Requests
 from neaptide.simulate.compare import Comparison, Question, best, compare
 from neaptide.simulate.outcome import Price, by_cost, outcome
+from neaptide.simulate.replay import Tier
+from neaptide.simulate.singly import singly
 from neaptide.simulate.world import World, changed, read_world
 from tests.cli_run import cli
 
@@ -173,6 +175,58 @@ def test_progress_rises_to_its_end() -> None:
     assert (told[0], told[-1]) == (0.0, 1.0)
 
 
+# --------------------------------------------------------------------------------------------- request by request
+
+FEW = short(23, 2, rps=0.3)  # a thousand requests either side of midnight
+
+
+def singled(tier: Tier = "fast", recorded: Requests | None = None, **given: Any) -> Comparison:
+    names = ("hpa", "hpa-tuned", "static")
+    return singly(compared(FEW, *names, capacity_rps=0.2, **given), tier, recorded)
+
+
+def test_request_by_request_the_targets_are_tuned_and_reported_in_that_tier() -> None:
+    fluid, single = compared(FEW, "hpa", "hpa-tuned", "static", capacity_rps=0.2), singled()
+    assert (single.tier, len(single.points)) == ("fast", len(fluid.points))
+    (tuned,) = [row for row in single.rows if row.name == "hpa-tuned"]
+    tried = [(single.tuning(p), p.target) for p in single.points if p.policy == "hpa"]
+    good = [(m.hours, target) for m, target in tried if single.reached(m)]
+    assert tuned.point.target == (min(good)[1] if good else max((m.attainment, u) for m, u in tried)[1])
+    assert all(row.p99_ttft_s is not None for row in single.rows)
+    assert all(row.p99_ttft_s is None for row in fluid.rows)
+
+
+def test_the_tiers_agree_on_what_does_not_depend_on_batching() -> None:
+    fluid, single = compared(FEW, "hpa", "hpa-tuned", "static", capacity_rps=0.2), singled()
+    for one, other in zip(fluid.points, single.points, strict=True):
+        assert single.reported(other).requests == pytest.approx(fluid.reported(one).requests)
+        if one.policy == "static":
+            assert single.reported(other).hours == pytest.approx(fluid.reported(one).hours, rel=0.01)
+    assert single.bound_hours == pytest.approx(fluid.bound_hours)
+
+
+def test_a_files_own_requests_are_replayed_as_they_are() -> None:
+    t_s = np.sort(np.random.default_rng(1).uniform(23 * HOURS, 25 * HOURS, 1000))
+    recorded = Requests(t_s=t_s)
+    found = compare(
+        WORLD, recorded.rates(600.0),
+        Question(policies=("static",), first_day=1, last_day=1, tune=(0, 0), capacity_rps=0.2),
+    )  # fmt: skip
+    single = singly(found, "fast", recorded)
+    assert single.rows[0].reported.requests.tolist() == [float((t_s >= DAY_S).sum())]
+
+
+def test_history_joins_recorded_requests_on_the_earlier_clock() -> None:
+    history = Requests(t_s=np.array([10.0, 20.0, 90000.0]), origin_s=0.0)
+    later = Requests(t_s=np.array([50.0, 60.0]), origin_s=86400.0)
+    joined = sources.recorded(later, history)
+    assert joined is not None
+    assert joined.t_s.tolist() == [10.0, 20.0, 86450.0, 86460.0]  # what both have is the arrivals'
+    assert joined.origin_s == 0.0
+    assert sources.recorded(EVENING) is None
+    assert sources.recorded(later, EVENING) is None
+
+
 # --------------------------------------------------------------------------------------------- names
 
 
@@ -282,7 +336,8 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def simulate(log: Path, *more: str) -> Any:
-    return cli("simulate", "--arrivals", str(log), "--tune", "0", *more)
+    tier = () if "--tier" in more else ("--tier", "fluid")
+    return cli("simulate", "--arrivals", str(log), "--tune", "0", *tier, *more)
 
 
 def test_the_command_prints_json_on_stdout_and_what_it_read_on_stderr(log: Path) -> None:
@@ -292,6 +347,17 @@ def test_the_command_prints_json_on_stdout_and_what_it_read_on_stderr(log: Path)
     assert (told["seed"], told["days"]["from"], told["days"]["tune"]) == (3, 1, [0, 0])
     assert {p["name"] for p in told["policies"]} == {"hpa", "static-tuned"}
     assert "36 rows" in done.stderr
+
+
+def test_few_requests_are_replayed_by_default_and_have_a_p99(log: Path) -> None:
+    made = "synthetic:steady,days=0.05,mean_rps=0.2,window_s=60"
+    done = cli("simulate", "--arrivals", made, "--policy", "static", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["tier"] == "fast"
+    assert told["policies"][0]["p99_ttft_s"] > 0
+    table = cli("simulate", "--arrivals", made, "--policy", "static")
+    assert "p99 TTFT" in table.stdout
 
 
 def test_the_table_is_sorted_by_cost_marks_what_misses_and_tells_the_bounds_definition(log: Path) -> None:

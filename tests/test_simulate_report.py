@@ -214,7 +214,7 @@ def test_attributes_are_escaped() -> None:
 
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
-    made = "synthetic:steady,days=0.1,mean_rps=3"
+    made = "synthetic:steady,days=0.05,mean_rps=0.2"
     file = tmp_path / "report.html"
     done = cli("simulate", "--arrivals", made, "--policy", "hpa", "--html", str(file), "--json", "--lang", "zh")
     assert done.returncode == 0, done.stderr
@@ -225,7 +225,9 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
 
 def test_a_page_that_cannot_be_written_is_an_error_that_says_where(tmp_path: Path) -> None:
     where = tmp_path / "none" / "report.html"
-    done = cli("simulate", "--arrivals", "synthetic:steady,days=0.1", "--policy", "static", "--html", str(where))
+    done = cli(
+        "simulate", "--arrivals", "synthetic:steady,days=0.05,mean_rps=0.2", "--policy", "static", "--html", str(where)
+    )
     assert done.returncode == 2
     assert str(where) in done.stderr
 

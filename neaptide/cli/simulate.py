@@ -10,17 +10,18 @@ from pathlib import Path
 
 import click
 
-from neaptide.cli.draw import table
+from neaptide.cli.draw import span, table
 from neaptide.cli.session import Session, common
 from neaptide.cli.words import language, say
 from neaptide.errors import ConfigError
 from neaptide.simulate import sources
-from neaptide.simulate.arrivals import Rates
+from neaptide.simulate.arrivals import Rates, Requests
 from neaptide.simulate.bound import DEFINITION
-from neaptide.simulate.compare import Comparison, Question, Row, Tell, compare
+from neaptide.simulate.compare import Comparison, Question, Row, Tell, compare, span_of
 from neaptide.simulate.outcome import Price, by_cost, outcome
 from neaptide.simulate.policies import OWN, chosen
-from neaptide.simulate.world import changed, read_world
+from neaptide.simulate.singly import MOST_REQUESTS, replayed_requests, singly
+from neaptide.simulate.world import World, changed, read_world
 
 PRICED_SLOS = (0.95, 0.98, 0.99, 0.995, 0.999)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -55,21 +56,23 @@ def simulate(
     world = changed(read_world(world_file), cold_start_s=cold_start_s, slo=slo)
     tune_days = days(tune, "--tune")
     price = Price(price_per_hour, currency) if price_per_hour else None
-    rates = _rates(session, path, series, history)
+    found = _read(session, path, series)
+    before = _read(session, history, series) if history else None
+    rates = sources.rates(found, before, series or "")
     first, last = reported(rates, tune_days, first, last)
     question = Question(
         policies=names, first_day=first, last_day=last, tune=tune_days, seeds=tuple(range(seed, seed + seeds)),
         slos=PRICED_SLOS if html and OWN in names else (), capacity_rps=capacity,
     )  # fmt: skip
-    with _progress(session) as tell:
-        found = compare(world, rates, question, tell)
+    with _progress() as tell:
+        result = _compared(world, rates, question, tier, sources.recorded(found, before), tell)
     if html:
-        _write(html, found, price)
+        _write(html, result, price)
         session.note(say("simulate.written", file=html))
     if session.as_json:
-        session.data(outcome(found, price))
+        session.data(outcome(result, price))
     else:
-        _show(found, price)
+        _show(result, price)
 
 
 def days(text: str, option: str) -> tuple[int, int]:
@@ -97,17 +100,26 @@ def reported(rates: Rates, tune: tuple[int, int], first: int | None, last: int |
     return first, last
 
 
-def _rates(session: Session, path: str, series: str | None, history: str | None) -> Rates:
+def _read(session: Session, path: str, series: str | None) -> Rates | Requests:
     found = sources.arrivals(path, series)
-    before = sources.arrivals(history, series) if history else None
-    for part in (found, before):
-        if part is not None:
-            session.note(str(part.source))
-    return sources.rates(found, before, series or "")
+    session.note(str(found.source))
+    return found
+
+
+def _compared(
+    world: World, rates: Rates, question: Question, tier: str | None, recorded: Requests | None, tell: Tell
+) -> Comparison:
+    """In the tier that was asked for; by default request by request where those are few enough."""
+    few = replayed_requests(rates, span_of(world, rates, question), question, world) <= MOST_REQUESTS
+    tier = tier or ("fast" if few else "fluid")
+    if tier == "fluid":
+        return compare(world, rates, question, tell)
+    found = compare(world, rates, question, lambda share: tell(share / 2))
+    return singly(found, "exact" if tier == "exact" else "fast", recorded, lambda share: tell((1 + share) / 2))
 
 
 @contextmanager
-def _progress(session: Session) -> Iterator[Tell]:
+def _progress() -> Iterator[Tell]:
     """A bar on stderr where that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda share: None
@@ -135,8 +147,8 @@ def _show(found: Comparison, price: Price | None) -> None:
         "hours": lambda row: f"{row.reported.hours:,.1f}",
         "events": lambda row: f"{row.reported.scale_events.mean():,.0f}",
     }
-    if found.rows[0].p99_ttft_s is not None:
-        columns["p99"] = lambda row: f"{row.p99_ttft_s:.2f} s"
+    if found.tier != "fluid":
+        columns["p99"] = lambda row: span(row.p99_ttft_s)
     if price:
         columns["money"] = lambda row: price.text(price.a_day(found, row.reported))
     columns["verdict"] = lambda row: "" if found.reached(row.reported) else say("simulate.missed", slo=f"{world.slo:g}")

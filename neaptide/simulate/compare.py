@@ -7,9 +7,11 @@ days → for NAME-tuned, the target that was cheapest on the tuning days among t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +77,7 @@ class Point:
     days: Days  # [days of the clock, seeds], from the run's first
     first_day: int
     lanes: slice  # of the run's tally
+    p99_ttft_s: float | None = None  # on the reported days, in a tier that has single requests
 
     def over(self, first: int, last: int) -> Measured:
         """Both days inclusive, as far as the run covers them."""
@@ -96,7 +99,20 @@ class Row:
     point: Point
     tuned: bool
     reported: Measured
-    p99_ttft_s: float | None = None  # of a tier that has single requests
+    daily: Mapping[int, Measured]  # of the reported days that have requests
+
+    @property
+    def p99_ttft_s(self) -> float | None:
+        return self.point.p99_ttft_s
+
+
+class Span(NamedTuple):
+    """On the arrivals' clock, at ticks: when all begins, the reported part, the end of the last day that matters."""
+
+    start_s: float
+    from_s: float
+    to_s: float
+    end_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +126,7 @@ class Comparison:
     rows: tuple[Row, ...]
     points: tuple[Point, ...]  # every policy at every target that was run
     tally: Tally
+    span: Span
     tier: str = "fluid"
 
     @property
@@ -143,16 +160,17 @@ def compare(world: World, rates: Rates, question: Question, tell: Tell = lambda 
     own_capacity = capacity(rates, range(question.tune[0], question.tune[1] + 1), world.peak_quantile, 1.0)
     capacity_rps = question.capacity_rps or own_capacity / world.replicas_at_peak
     peak = own_capacity / capacity_rps
-    rows, (start_s, from_s, to_s) = _counts(world, rates, question)
-    families = _families(question, world, peak)
+    span = span_of(world, rates, question)
+    rows = _counts(world, rates, question.seeds, span)
+    families = targets_of(question, world, peak)
     seeds = len(question.seeds)
     entries = [_entry(family, targets, seeds, peak) for family, targets in families]
-    tally = Tally(world.tick_s, start_s, rows.shape[1], sum(len(entry.seeds) for entry in entries))
-    reported = rows[:, round((from_s - start_s) / world.tick_s) : round((to_s - start_s) / world.tick_s)]
+    tally = Tally(world.tick_s, span.start_s, rows.shape[1], sum(len(entry.seeds) for entry in entries))
+    reported = rows[:, slice(*(round((t - span.start_s) / world.tick_s) for t in span[1:3]))]
     if not reported.sum(axis=1).all():
         raise no_such_days(rates, f"no request in days {question.first_day} to {question.last_day}")
     steps = rows.shape[1] + 2 * reported.size  # the bound's searches take about twice a run's time a tick
-    run(world, capacity_rps, rows, entries, start_s=start_s, watch=_watched(tally, steps, tell))
+    run(world, capacity_rps, rows, entries, start_s=span.start_s, watch=_watched(tally, steps, tell))
     bounds = []
     for at, row in enumerate(reported):
         bounds.append(bound(world, capacity_rps, row))
@@ -160,26 +178,31 @@ def compare(world: World, rates: Rates, question: Question, tell: Tell = lambda 
     points = _points(families, tally, seeds)
     return Comparison(
         world=world, rates=rates, question=question, capacity_rps=capacity_rps, peak=peak, bounds=tuple(bounds),
-        rows=tuple(_row(name, points, question, world, peak) for name in question.policies), points=points,
-        tally=tally,
+        rows=tuple(row_of(name, points, question, world, peak) for name in question.policies), points=points,
+        tally=tally, span=span,
     )  # fmt: skip
 
 
-def _counts(world: World, rates: Rates, question: Question) -> tuple[Floats, tuple[float, float, float]]:
-    """[seeds, ticks] from the first day of all to the last one that matters; when they begin, and the reported part."""
-    tick = world.tick_s
+def span_of(world: World, rates: Rates, question: Question) -> Span:
+    """ConfigError E124 where the arrivals lack the reported days."""
     from_s, to_s = rates.span(question.first_day, question.last_day)
-    start_s = np.ceil(rates.start_s / tick) * tick
+    start_s = math.ceil(rates.start_s / world.tick_s) * world.tick_s
     end_s = rates.span(rates.days[0], max(question.last_day, question.tune[1]))[1]
-    from_s, to_s, end_s = (
-        max(start_s, np.floor(from_s / tick) * tick),
-        *(np.floor(t / tick) * tick for t in (to_s, end_s)),
-    )
-    rows = np.stack([counts(rates, tick, seed, start_s, end_s) for seed in question.seeds]).astype(np.float64)
-    return rows, (float(start_s), float(from_s), float(to_s))
+    from_s, to_s, end_s = (_floor(t, world.tick_s) for t in (from_s, to_s, end_s))
+    return Span(start_s, max(start_s, from_s), to_s, end_s)
 
 
-def _families(question: Question, world: World, peak: float) -> list[tuple[policies.Family, tuple[float, ...]]]:
+def _floor(t_s: float, tick_s: float) -> float:
+    return math.floor(t_s / tick_s) * tick_s
+
+
+def _counts(world: World, rates: Rates, seeds: Sequence[int], span: Span) -> Floats:
+    """[seeds, ticks] from the first day of all to the last one that matters."""
+    drawn = [counts(rates, world.tick_s, seed, span.start_s, span.end_s) for seed in seeds]
+    return np.stack(drawn).astype(np.float64)
+
+
+def targets_of(question: Question, world: World, peak: float) -> list[tuple[policies.Family, tuple[float, ...]]]:
     """Each policy once, with all targets that its names need."""
     wanted: dict[str, dict[float, None]] = {}
     known: dict[str, policies.Family] = {}
@@ -223,13 +246,15 @@ def _points(
     )
 
 
-def _row(name: str, points: Sequence[Point], question: Question, world: World, peak: float) -> Row:
+def row_of(name: str, points: Sequence[Point], question: Question, world: World, peak: float) -> Row:
     family = policies.family(name, world, peak)
     tuned = name.endswith(TUNED)
     targets = family.grid if tuned else (family.default,)
     mine = [p for p in points if p.policy == family.name and p.target in targets]
     point = best(mine, question.tune, world.slo)
-    return Row(name, point, tuned, point.over(question.first_day, question.last_day))
+    days = {day: point.over(day, day) for day in range(question.first_day, question.last_day + 1)}
+    daily = {day: measured for day, measured in days.items() if measured.requests.any()}
+    return Row(name, point, tuned, point.over(question.first_day, question.last_day), daily)
 
 
 def best(points: Sequence[Point], tune: tuple[int, int], slo: float) -> Point:

@@ -63,8 +63,7 @@ def by_cost(found: Comparison) -> list[Row]:
 
 def reported_days(found: Comparison) -> float:
     """How many days are reported: a log may begin and end within one."""
-    from_s, to_s = found.rates.span(found.question.first_day, found.question.last_day)
-    return (to_s - from_s) / DAY_S
+    return (found.span.to_s - found.span.from_s) / DAY_S
 
 
 def _money(found: Comparison, price: Price) -> Tree:
@@ -95,7 +94,7 @@ def _policy(found: Comparison, row: Row) -> Tree:
         "p99_ttft_s": row.p99_ttft_s,
         "target": row.point.target,
         "tuned": {"target": row.point.target, **_short(found, tuning)} if row.tuned else None,
-        "daily": _daily(found, row.point),
+        "daily": _daily(found, row),
         "by_seed": _by_seed(found, row),
     }
 
@@ -118,14 +117,8 @@ def _short(found: Comparison, measured: Measured) -> Tree:
     }
 
 
-def _daily(found: Comparison, point: Point) -> list[Tree]:
-    days = range(found.question.first_day, found.question.last_day + 1)
-    measured = ((day, point.over(day, day)) for day in days)
-    return [
-        {"day": day, "requests": float(m.requests.mean()), **_short(found, m)}
-        for day, m in measured
-        if m.requests.any()
-    ]
+def _daily(found: Comparison, row: Row) -> list[Tree]:
+    return [{"day": day, "requests": float(m.requests.mean()), **_short(found, m)} for day, m in row.daily.items()]
 
 
 def _by_seed(found: Comparison, row: Row) -> list[Tree]:

@@ -106,7 +106,7 @@ def _goal(found: Comparison, x: Axis, y: Axis) -> list[str]:
 def replicas_against_need(found: Comparison, row: Row) -> str:
     """Of the first seed, over the reported days: what was paid for, what the arrivals needed, when work was late."""
     tally, lane = found.tally, row.point.lanes.start
-    from_s, to_s = found.rates.span(found.question.first_day, found.question.last_day)
+    from_s, to_s = found.span.from_s, found.span.to_s
     times = tally.times()
     part = (times + tally.stretch_s > from_s) & (times < to_s)
     ran = tally.sums[part, :, lane]

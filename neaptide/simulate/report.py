@@ -122,7 +122,8 @@ def _cost_caption(found: Comparison, outside: int) -> Markup:
 def _time_caption(found: Comparison) -> Markup:
     minutes = f"{found.tally.stretch_s / 60:g}"
     capacity = f"{found.capacity_rps:.3g}"
-    return say("plot.time.caption", capacity=capacity, minutes=minutes, seed=found.question.seeds[0])
+    caption = say("plot.time.caption", capacity=capacity, minutes=minutes, seed=found.question.seeds[0])
+    return caption if found.tier == "fluid" else caption + " " + say("plot.time.fluid")
 
 
 def _slo_lines(found: Comparison, price: Price | None) -> list[Markup]:
@@ -132,7 +133,7 @@ def _slo_lines(found: Comparison, price: Price | None) -> list[Markup]:
 
 def _columns(found: Comparison, price: Price | None) -> list[tuple[str, str]]:
     names = ["target", "cost", "attainment", "hours", "events"]
-    names += ["p99"] if found.rows[0].p99_ttft_s is not None else []
+    names += ["p99"] if found.tier != "fluid" else []
     return [("policy", ""), *((name, "n") for name in [*names, *(["money"] if price else [])])]
 
 
@@ -142,7 +143,8 @@ def _line(found: Comparison, row: Row, price: Price | None) -> Line:
         row.name, f"{row.point.target:g}", f"{found.ratio(measured):.3f}×", f"{100 * measured.attainment:.2f} %",
         f"{measured.hours / reported_days(found):,.1f}", f"{measured.scale_events.mean():,.0f}",
     ]  # fmt: skip
-    cells += [f"{row.p99_ttft_s:.2f} s"] if row.p99_ttft_s is not None else []
+    if found.tier != "fluid":
+        cells.append("–" if row.p99_ttft_s is None else f"{row.p99_ttft_s:.2f} s")
     cells += [price.text(price.a_day(found, measured))] if price else []
     return Line(cells, found.reached(measured))
 

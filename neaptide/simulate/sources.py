@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from neaptide.errors import ConfigError
 from neaptide.simulate.arrivals import DAY_S, LONGEST_DAYS, Rates, Requests
 from neaptide.simulate.compare import with_history
@@ -33,6 +35,20 @@ def rates(found: Rates | Requests, history: Rates | Requests | None = None, seri
     window_s = _window_s(parts)
     now, *before = [part.rates(window_s, series) if isinstance(part, Requests) else part for part in parts]
     return with_history(now, before[0] if before else None)
+
+
+def recorded(found: Rates | Requests, history: Rates | Requests | None = None) -> Requests | None:
+    """The arrivals' own requests on the clock of `rates`, those of the history before them included; None where either
+    has none."""
+    if not isinstance(found, Requests) or isinstance(history, Rates):
+        return None
+    if history is None:
+        return found
+    origin_s = min(found.origin_s or 0.0, history.origin_s or 0.0)
+    later = found.t_s + ((found.origin_s or 0.0) - origin_s)
+    before = history.t_s + ((history.origin_s or 0.0) - origin_s)
+    t_s = np.concatenate([before[before < later[0]], later]) if len(later) else before
+    return Requests(t_s=t_s, origin_s=None if found.origin_s is None else origin_s, source=found.source)
 
 
 def _window_s(parts: list[Rates | Requests]) -> float:
