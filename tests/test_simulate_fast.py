@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -95,6 +97,30 @@ def test_fast_is_within_three_percent_of_exact_at_the_99th_percentile(
             assert not np.isnan(book.finish_s).any()
         assert np.quantile(ttft(fast), 0.99) == pytest.approx(np.quantile(ttft(exact), 0.99), rel=0.03)
         assert np.sum(fast.cached) == pytest.approx(np.sum(exact.cached), rel=0.03)
+
+
+@given(rows(), traits(step=STEP, prefix_block_tokens=16), st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_shared_prefixes_come_back_and_never_crowd_out_more_than_there_is(
+    asked: list[Row], setup: Traits, random: Random
+) -> None:
+    """Each prompt begins like one of two others, as far as it goes, and ends on its own."""
+    prefixes = [
+        [random.randrange(2) * 100 + block if block < 3 else 1000 * row + block for block in range(prompt // 16)]
+        for row, (_, prompt, _) in enumerate(asked)
+    ]
+    for kind in (Fast, Exact):
+        book = Book(requests(asked, prefixes), 1, 1)
+        engine = kind(setup, book)
+        for id, at_s in enumerate(book.arrived_s):
+            engine.run((id,), (at_s,), at_s)
+            rounding = setup.max_batch * setup.kv_block_tokens if kind is Fast else 0
+            assert engine.memory.used <= engine.memory.total + rounding
+        engine.run((), (), 1e9)
+        check_served_once(book, engine)
+        assert engine.memory.private == 0
+        assert engine.memory.free == engine.memory.total  # what stays behind would go for whoever needs it
+        assert all(cached < prompt for cached, prompt in zip(book.cached, book.prompt))
 
 
 def test_memory_binds_in_the_run_above() -> None:

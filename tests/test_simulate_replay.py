@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -21,7 +22,7 @@ from neaptide.simulate.engine import Traits
 from neaptide.simulate.fluid import Entry, run
 from neaptide.simulate.replay import Tier, replay
 from neaptide.simulate.sample import sample
-from neaptide.simulate.settings import Setup, capacity, of_world
+from neaptide.simulate.settings import Setup, capacity, of_world, read_setup
 from neaptide.simulate.spot import Reclaims, Spot
 from neaptide.simulate.steps import Linear
 from neaptide.simulate.synthetic import synthetic
@@ -389,3 +390,40 @@ def test_prefix_ids_of_a_trace_reach_the_replicas() -> None:
     )  # fmt: skip
     assert replay(asked, Setup(replicas=1)).cached_tokens.tolist() == [0, 1024]
     assert replay(asked, Setup(replicas=1, lengths="fixed")).cached_tokens.tolist() == [0, 0]
+
+
+# ------------------------------------------------------------------------------------------------- settings
+
+
+def test_the_example_of_the_decision_note_is_read(tmp_path: Path) -> None:
+    note = (Path(__file__).parent.parent / "docs/decisions/0022-request-level-tiers.md").read_text(encoding="utf-8")
+    file = tmp_path / "setup.yaml"
+    file.write_text(note.split("```yaml\n")[1].split("```")[0])
+    read = read_setup(file)
+    assert isinstance(read.engine.step, Linear)
+    assert (read.engine.kv_tokens, read.cold_start_s, read.billing_s) == (380_000, 130.0, 60.0)
+    assert read.spot == Spot(reclaims_per_hour=0.5, notice_s=120.0)
+    file.write_text("")
+    assert read_setup(file) == Setup()
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "told"),
+    [
+        ("tick_s: 5\ntick_s: 6", "E102", "tick_s"),
+        ("engine: {batch: 3}", "E105", "batch"),
+        ("engine: {step: {type: linear, base_s: 0}}", "E105", "base_s over 0"),
+        ("lag_s: -1", "E105", "lag_s"),
+        ("route: fastest", "E105", "fastest"),
+        ("boot: [{name: node, seconds: -1}]", "E105", "node"),
+        ("spot: {reclaims_per_hour: -1}", "E105", "reclaims_per_hour"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(tmp_path: Path, text: str, code: str, told: str) -> None:
+    file = tmp_path / "setup.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=told) as refused:
+        read_setup(file)
+    assert refused.value.code == code
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_setup(tmp_path / "none.yaml")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
 
+from neaptide.config import strict_yaml
+from neaptide.errors import ConfigError
 from neaptide.simulate.cold import Stage, boot_s
 from neaptide.simulate.engine import Traits
 from neaptide.simulate.routes import RouteName
@@ -50,6 +53,20 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def cold_start_s(self) -> float:
         """On a node without caches."""
         return boot_s(self.boot, warm=False)
+
+
+def read_setup(path: Path) -> Setup:
+    """A YAML file of these keys (docs/decisions/0022 has an example). ConfigError: E101 no such file, E102 not YAML or
+    a key that stands twice, E105 names the key that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        why = getattr(e, "strerror", None) or str(e)
+        raise ConfigError(f"{path} cannot be read", why=why, code="E101", fix="pass a file that can") from e
+    try:
+        return msgspec.convert(strict_yaml(text, str(path)) or {}, Setup)
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"{path}: {e}", code="E105", fix="see docs/decisions/0022-request-level-tiers.md") from None
 
 
 class Capacity(NamedTuple):
