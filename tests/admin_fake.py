@@ -124,7 +124,7 @@ class FakeControl:
     def scale_row(self) -> ScaleRow:
         return ScaleRow(
             model="guide", scalable=True, policy="slo", ready=1, starting=1, wanted=2, min=0, max=4,
-            arrivals_per_s=3.1, in_flight=5, capacity_rps=4.0,
+            arrivals_per_s=3.1, expected_per_s=3.8, in_flight=5, capacity_rps=4.0,
             traits=Traits(slots=8.0, service_s=2.0, cold_start_s=12.0, learnt="measured"),
             stages=(Stage(name="load_s", seconds=9.0),), starts=3, override=self.override,
             sentence="guide: 1 to 2 replicas: slo wants 2", cost_per_hour=6.4,

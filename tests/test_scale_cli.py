@@ -30,7 +30,7 @@ def ask(control: FakeControl, *args: str, **env: str) -> subprocess.CompletedPro
 def test_show_tells_counts_bounds_policy_traffic_capacity_money_and_why(control: FakeControl) -> None:
     lines = ask(control, "show").stdout.splitlines()
     row = next(line for line in lines if line.startswith("guide ")).split()
-    assert row == ["guide", "1", "1", "2", "0-4", "slo", "3.1/s", "5", "4.0/s", "¥6.40/h"]
+    assert row == ["guide", "1", "1", "2", "0-4", "slo", "3.8/s", "3.1/s", "5", "4.0/s", "¥6.40/h"]
     assert "guide: 1 to 2 replicas: slo wants 2" in lines
     assert "guide: a start takes 12.0 s (3 measured: load 9.00 s)" in lines
     assert next(line for line in lines if line.startswith("mock ")).split()[:2] == ["mock", "1"]

@@ -190,10 +190,10 @@ def test_the_calendar_has_its_factor_of_the_usual_there_before_the_event_begins(
     assert story.ready == usual
 
 
-def test_events_that_overlap_multiply_and_fewer_expected_take_nothing_away() -> None:
+def test_of_events_that_overlap_the_largest_counts_and_fewer_expected_take_nothing_away() -> None:
     now_s = 1_760_000_000.0
     span = {"start": when(now_s + 900), "end": when(now_s + 2000)}
-    both = (Event(**span, factor=2), Event(**span, factor=1.5))
+    both = (Event(**span, factor=3), Event(**span, factor=1.5))
     story = Story(Scale(min=1, max=20, policy="knative", calendar=both), ready=2, now_s=now_s)
     story.tick(load(running=5), 950)
     assert story.ready == 6

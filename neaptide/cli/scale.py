@@ -44,7 +44,8 @@ def show(session: Session, model: str | None, shadows: bool, days: int) -> None:
     if session.as_json:
         session.encoded(found)
         return
-    columns = ("model", "ready", "starting", "wanted", "bounds", "policy", "now", "flight", "serves", "cost")
+    columns = ("model", "ready", "starting", "wanted", "bounds", "policy", "expected", "now", "flight", "serves",
+               "cost")  # fmt: skip
     table("", [say(f"scale.col.{c}") for c in columns], [_row(r, found.currency) for r in found.rows])
     for row in found.rows:
         click.echo("".join(f"\n{line}" for line in _beneath(row)), nl=bool(_beneath(row)))
@@ -61,8 +62,8 @@ def _row(r: ScaleRow, currency: str) -> list[str]:
 
 
 def _traffic(r: ScaleRow) -> list[str]:
-    rate = "-" if r.arrivals_per_s is None else f"{r.arrivals_per_s:.1f}/s"
-    return [rate, "-" if r.in_flight is None else str(r.in_flight)]
+    rates = ["-" if rate is None else f"{rate:.1f}/s" for rate in (r.expected_per_s, r.arrivals_per_s)]
+    return [*rates, "-" if r.in_flight is None else str(r.in_flight)]
 
 
 def _beneath(r: ScaleRow) -> list[str]:

@@ -26,6 +26,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     next_s: float = -math.inf  # when it decides again
     wanted: int | None = None  # what it wanted last
     why: str = ""  # ... and the words for it
+    expected: float = math.nan  # requests/s a cold start from then, where it forecasts
     busy_s: float = -math.inf  # when something came, waited or ran last
     usual: float = 0.0  # replicas that it has wanted on average outside of the calendar's events
     usual_s: float = 0.0  # seconds that this is a mean of

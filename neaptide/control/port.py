@@ -197,6 +197,7 @@ class ScaleRow(Answer, frozen=True):
     min: int
     max: int
     arrivals_per_s: float | None = None  # at the last tick
+    expected_per_s: float | None = None  # a cold start from now, where the policy forecasts
     in_flight: int | None = None
     capacity_rps: float = 0.0  # of one replica
     traits: Traits = Traits()

@@ -26,7 +26,7 @@ def choice(case: Case, asked: Asked | None, launches: bool, drains: bool, wait: 
         policy=policy_name(scale),
         wanted=asked.policy if asked else after,
         clamp=asked.clamp if asked else "",
-        numbers=_numbers(case),
+        numbers=_numbers(case, asked),
         cost_per_hour=round(after * scale.price_per_hour, 9),
         cost_change_per_hour=round((after - before) * scale.price_per_hour, 9),
     )
@@ -61,7 +61,7 @@ def _cost(case: Case, count: int, currency: str) -> str:
     return f"; {price(money, currency)}/h" if money else ""
 
 
-def _numbers(case: Case) -> dict[str, float]:
+def _numbers(case: Case, asked: Asked | None) -> dict[str, float]:
     """What was known, finite numbers only: what nobody told is missing."""
     load, traits = case.load, case.traits
     numbers = {
@@ -72,6 +72,8 @@ def _numbers(case: Case) -> dict[str, float]:
         "cold_start_s": traits.cold_start_s,
         "capacity_rps": traits.slots / traits.service_s,
     }
+    if asked is not None:
+        numbers["expected_per_s"] = asked.expected
     if load is not None:
         if load.tick_s > 0:
             numbers["arrivals_per_s"] = load.arrivals / load.tick_s

@@ -160,6 +160,7 @@ class Scaling:
             min=d.scale.min,
             max=d.scale.max,
             arrivals_per_s=load.arrivals / load.tick_s if load and load.tick_s > 0 else None,
+            expected_per_s=choice.numbers.get("expected_per_s") if choice else None,
             in_flight=load.waiting + load.running if load else None,
             capacity_rps=traits.slots / traits.service_s,
             traits=traits,

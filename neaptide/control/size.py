@@ -29,6 +29,7 @@ TICK_S = 1.0  # the loop's beat: what a policy is told a tick is
 BEAT_S = 0.9  # signals that cover less are of a tick between two beats
 STALE_S = 5.0
 LONGEST_TICK_S = 60 * TICK_S  # more has passed: the machine was suspended, and the counts say nothing
+HELD = 0.5  # spreads in which `slo` keeps its count
 IDLE_STARTS, IDLE_S = 5.0, 10.0  # cold starts, and seconds, after which a policy that never wants zero is sent there
 USUAL_S = 3600.0
 
@@ -67,6 +68,7 @@ class Asked(NamedTuple):
     why: str
     policy: int
     clamp: str = ""
+    expected: float = math.nan  # requests/s, a cold start from now
 
 
 class Sized(NamedTuple):
@@ -111,13 +113,19 @@ def policy_of(scale: Scale, attainment: float) -> Policy | None:
     if scale.policy == "thresholds":
         return Thresholds(scale.rules, **bounds)
     if scale.policy == "slo":
-        return _slo(attainment, bounds)
+        return _slo(scale, attainment, bounds)
     published = PEERS[scale.policy]
     return published.policy(published.default if scale.target is None else scale.target, **bounds)
 
 
-def _slo(attainment: float, bounds: dict[str, int]) -> Policy | None:
-    return None
+def _slo(scale: Scale, attainment: float, bounds: dict[str, int]) -> Policy | None:
+    try:
+        from neaptide.control.forecast import Expected
+        from neaptide.control.slo import Slo
+    except ImportError:
+        return None
+    events = [Expected(*span_s(e), e.factor) for e in scale.calendar]
+    return Slo(1, attainment, events=events, **bounds)
 
 
 def is_stale(load: Load | None) -> bool:
@@ -143,7 +151,8 @@ def _asked(case: Case, policy: Policy | None, memory: Memory) -> tuple[Asked, Me
     if load.tick_s < BEAT_S:
         known = case.last is not None and memory.wanted is not None
         count = memory.wanted if known and memory.wanted is not None else held
-        return Asked(count, memory.why or f"{case.scale.policy} decides in a moment", count), memory, pack(memory)
+        why = memory.why or f"{case.scale.policy} decides in a moment"
+        return Asked(count, why, count, expected=memory.expected), memory, pack(memory)
     return _stepped(case, policy, memory, load)
 
 
@@ -157,8 +166,9 @@ def _stepped(case: Case, policy: Policy, memory: Memory, load: Load) -> tuple[As
         count = round(float(policy.want(seen, state)[0]))
         memory = replace(memory, next_s=case.now_s + policy.every_s - TICK_S / 2, wanted=count)
     memory = _usual(case, memory, count, load)
-    memory = replace(memory, why=_policy_words(case, policy, seen, state, count))
-    return Asked(count, memory.why, count), memory, pack(memory, state)
+    expected = _expected(seen, state)
+    memory = replace(memory, why=_policy_words(case, policy, seen, state, count), expected=expected)
+    return Asked(count, memory.why, count, expected=expected), memory, pack(memory, state)
 
 
 def seen_of(case: Case, load: Load) -> SeenLive:
@@ -226,6 +236,9 @@ def never_zero(policy: Policy | None) -> bool:
 
 
 def _calendar(case: Case, memory: Memory, asked: Asked) -> Asked:
+    """For policies that know nothing of a calendar; `slo` does."""
+    if case.scale.policy == "slo":
+        return asked
     names, factor = _events(case)
     floor = math.ceil(memory.usual * factor - 1e-9)
     if not names or floor <= asked.replicas:
@@ -236,15 +249,16 @@ def _calendar(case: Case, memory: Memory, asked: Asked) -> Asked:
 
 
 def _events(case: Case) -> tuple[str, float]:
-    """The events that are on, or begin within two cold starts and a minute: their names, their factors' product."""
-    names, factor = [], 1.0
+    """The events that are on, or begin within two cold starts and a minute: their names, the largest factor."""
+    names: list[str] = []
+    factors: list[float] = []
     ahead_s = 2 * case.traits.cold_start_s + 60.0
     for event in case.scale.calendar:
         start_s, end_s = span_s(event)
         if start_s - ahead_s <= case.now_s < end_s:
             names.append(event.name or event.start)
-            factor *= event.factor
-    return ", ".join(names), factor
+            factors.append(event.factor)
+    return ", ".join(names), max(factors, default=1.0)
 
 
 def _overridden(override: Override, asked: Asked) -> Asked:
@@ -277,6 +291,8 @@ def _bounded(asked: Asked, count: int, clamp: str, why: str) -> Asked:
 def _policy_words(case: Case, policy: Policy, seen: SeenLive, state: State, count: int) -> str:
     """What it wants for what, and, where it changes nothing, what would."""
     rate, flight = seen.arrivals[0] / seen.tick_s, seen.in_flight[0]
+    if "s.expected" in state:
+        return _slo_words(case, seen, state, count, rate)
     said = f"{case.scale.policy} wants {count} for {rate:.1f} requests/s and {flight:.0f} in flight"
     if count != case.fleet.present:
         return said
@@ -290,6 +306,26 @@ def _policy_words(case: Case, policy: Policy, seen: SeenLive, state: State, coun
     unit = "in flight" if getattr(policy, "signal", "") == "in_flight" else "requests/s"
     full = float(share[0]) * per
     return f"{said}; {count} are meant for {full * count:.1f} {unit}, one fewer for {full * max(count - 1, 0):.1f}"
+
+
+def _expected(seen: SeenLive, state: State) -> float:
+    """The forecast of `slo`, in requests/s; NaN of a policy that makes none."""
+    return float(state["s.expected"][0]) * seen.capacity_rps if "s.expected" in state else math.nan
+
+
+def _slo_words(case: Case, seen: SeenLive, state: State, count: int, rate: float) -> str:
+    """The forecast, and between which forecasts the count stays: the bounds of control/slo.py, solved for the rate."""
+    expected, capacity = _expected(seen, state), seen.capacity_rps
+    goal = f"at {case.deployment.slo.attainment:g} ({rate:.1f} now)"
+    said = f"{expected:.1f} requests/s expected in {seen.cold_start_s:.0f} s {goal}"
+    if count != case.fleet.present:
+        return said
+    rungs = state["s.margins"][:, 0]
+    spread = float(state["s.spread"][0])
+    margin = float(np.interp(state["s.place"][0], np.arange(len(rungs)), rungs)) * spread
+    most, least = count + 0.5 - margin, count - 0.5 - margin - HELD * spread
+    said += f"; one more over {max(most, 0.0) * capacity:.1f}"
+    return f"{said}, one fewer under {least * capacity:.1f}" if least > 0 else said
 
 
 def _stale_words(load: Load | None) -> str:
