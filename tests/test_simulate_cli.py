@@ -139,6 +139,17 @@ def test_a_given_capacity_replaces_the_worlds_and_static_counts_follow_the_peak(
     assert max(p.target for p in found.points) == round(2 * found.peak)
 
 
+@pytest.mark.skipif(policies.OWN not in policies.names(), reason="Neaptide's own policy is not there")
+def test_an_slo_beside_others_costs_what_it_costs_alone() -> None:
+    beside = compared(EVENING, policies.OWN, slos=(0.9, 0.99, 0.999))
+    assert [p.target for p in beside.slo_points] == [0.9, 0.99, 0.999]
+    for point in beside.slo_points:
+        world = changed(WORLD, slo=point.target)
+        alone = compared(EVENING, policies.OWN, world=world)
+        assert beside.reported(point).hours == alone.rows[0].reported.hours
+        assert beside.reported(point).late.tolist() == alone.rows[0].reported.late.tolist()
+
+
 def test_several_seeds_are_means_of_each_alone() -> None:
     both = compared(EVENING, "hpa", seeds=(3, 4))
     alone = [compared(EVENING, "hpa", seeds=(seed,)) for seed in (3, 4)]

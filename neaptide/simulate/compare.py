@@ -212,13 +212,7 @@ def targets_of(question: Question, world: World, peak: float) -> list[tuple[poli
         wanted.setdefault(family.name, {}).update(dict.fromkeys(targets))
     if policies.OWN in wanted:
         wanted[policies.OWN].update(dict.fromkeys(question.slos))
-    found = [(known[name], tuple(sorted(targets))) for name, targets in wanted.items()]
-    return [(family, part) for family, targets in found for part in _parts(family, targets)]
-
-
-def _parts(family: policies.Family, targets: tuple[float, ...]) -> list[tuple[float, ...]]:
-    """Targets that go side by side in one policy: a peer's all do; Neaptide's is one object an SLO."""
-    return [(target,) for target in targets] if family.name == policies.OWN else [targets]
+    return [(known[name], tuple(sorted(targets))) for name, targets in wanted.items()]
 
 
 def _entry(family: policies.Family, targets: Sequence[float], seeds: int, peak: float) -> Entry:

@@ -6,6 +6,9 @@ import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from neaptide.control.peers import PEERS, peers
 from neaptide.control.peers.table import DEFAULT_U, TUNED
@@ -64,17 +67,18 @@ def family(name: str, world: World, peak: float) -> Family:
 
 
 def build(base: str, targets: Sequence[float] | Floats, peak: float) -> Policy:
-    """One lane a target; Neaptide's own policy has one target, repeated."""
+    """One lane a target."""
     most = max(MOST_REPLICAS, math.ceil(10 * peak))
     if base == OWN:
-        return own(len(targets), float(targets[0]), most)
+        return own(np.asarray(targets, dtype=np.float64), most)
     return peers([base], {base: targets}, max_replicas=most)[base]
 
 
-def own(lanes: int, slo: float, most: int) -> Policy:
+def own(slos: Any, most: int) -> Policy:
+    """An SLO a lane: it enters the policy's arithmetic lane by lane, so that an array does for the one live number."""
     from neaptide.control.slo import Slo
 
-    return Slo(lanes, slo, max_replicas=most)
+    return Slo(len(slos), slos, max_replicas=most)
 
 
 def _own() -> tuple[str, ...]:
