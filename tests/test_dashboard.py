@@ -20,6 +20,8 @@ from neaptide.dashboard.app import MAX_PAGES
 from neaptide.dashboard.pages import UI
 from neaptide.dashboard.sessions import MAX_SESSIONS, MAX_TICKETS, SESSION_S, TICKET_S, Sessions, matches
 from neaptide.types import Choice, Plan
+from tests.admin_fake import write_state
+from tests.cli_run import cli
 from tests.dashboard_kit import BEARER, Site, events, look, site
 from tools import vendor_ui
 
@@ -178,6 +180,20 @@ def test_what_the_page_asks_for_needs_the_session(here: Site, path: str) -> None
 def test_damaged_cookies_open_nothing(here: Site) -> None:
     for cookie in (f"{here.cookie_name}=", f"{here.cookie_name}=x; ;;=", "\x80\xff=1", f"{here.cookie_name}[]=1"):
         assert here.ask("GET", "/ui/session", {"Cookie": cookie})[0] == 401
+
+
+def test_the_command_prints_a_link_that_opens_the_page(tmp_path: Path) -> None:
+    with site(tmp_path) as here:
+        write_state(tmp_path, "http://127.0.0.1:9/v1", here.source.admin_url)
+        told = json.loads(cli("dashboard", "--state", str(tmp_path), "--json").stdout)
+        assert told["valid_s"] == TICKET_S
+        assert here.ask("GET", told["url"].removeprefix(here.source.admin_url.rstrip("/")))[0] == 200
+
+
+def test_the_command_says_when_nothing_runs(tmp_path: Path) -> None:
+    done = cli("dashboard", "--state", str(tmp_path))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "E401" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------- the page's files

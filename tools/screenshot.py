@@ -1,6 +1,6 @@
 """Makes the pictures of the live page in docs/ from a real run: an echo model under a tide of requests, with rules.
 
-    python -m tools.screenshot [--seconds 240] [--out docs]
+    python -m tools.screenshot [--seconds 200] [--out docs]
 
 It starts a service of its own in a temporary directory, sends requests whose rate rises and falls, then opens the page
 in the system's chromium and keeps what it shows. Needs chromium and `pip install neaptide[dev]`.
@@ -45,7 +45,7 @@ LEAST, MOST, TIDE_S = 2.0, 12.0, 150.0  # requests/s, and seconds from ebb to eb
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make the pictures of the live page.")
-    parser.add_argument("--seconds", type=float, default=240.0, help="how long requests come")
+    parser.add_argument("--seconds", type=float, default=200.0, help="of traffic before the pictures")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +64,8 @@ def main() -> int:
         )
         up = json.loads(neaptide(*command))
         try:
-            tide(up, asked.seconds)
+            threading.Thread(target=tide, args=(up,), daemon=True).start()
+            time.sleep(asked.seconds)
             pictures(str(json.loads(neaptide("dashboard", "--state", str(state), "--json"))["url"]), asked.out)
         finally:
             neaptide("down", "--state", str(state), "--grace-s", "5")
@@ -76,10 +77,11 @@ def neaptide(*args: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
-def tide(up: dict[str, Any], seconds: float) -> None:
-    """Requests at a rate that rises and falls, each on a thread of its own, their gaps drawn at random."""
+def tide(up: dict[str, Any]) -> None:
+    """Requests at a rate that rises and falls, each on a thread of its own, their gaps drawn at random; for ever."""
     began, chance = time.monotonic(), random.Random(1)
-    while (now := time.monotonic() - began) < seconds:
+    while True:
+        now = time.monotonic() - began
         rate = LEAST + (MOST - LEAST) * (1 - math.cos(2 * math.pi * now / TIDE_S)) / 2
         threading.Thread(target=ask, args=(up,), daemon=True).start()
         time.sleep(chance.expovariate(rate))
@@ -102,11 +104,11 @@ def ask(up: dict[str, Any]) -> None:
 def pictures(link: str, out: Path) -> None:
     """dashboard.png: the overview; dashboard-decisions.png: capacity, with the last decision that changed something."""
     with chromium() as browser:
-        page = browser.new_page(viewport={"width": 1200, "height": 820}, color_scheme="light", locale="en-US")
+        page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light", locale="en-US")
         page.goto(link)
         page.wait_for_selector(".tile:has-text('TTFT p95')")
         page.wait_for_timeout(2500)
-        page.screenshot(path=out / "dashboard.png")
+        page.screenshot(path=out / "dashboard.png", full_page=True)
         page.goto(page.url.partition("#")[0] + "#capacity")
         page.locator(".decision.launch").first.click()
         page.mouse.move(0, 0)

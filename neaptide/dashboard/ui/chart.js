@@ -28,7 +28,7 @@ function line(s) {
 
 function axes(format, small) {
   const common = { stroke: colour("dim"), grid: { stroke: colour("grid"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
-  const x = { ...common, values: (u, at) => at.map((t) => clock(t, false)), space: 90, size: small ? 0 : 26, show: !small };
+  const x = { ...common, values: (u, at, axis, space, step) => at.map((t) => clock(t, step < 60)), space: 90, size: small ? 0 : 26, show: !small };
   const y = { ...common, size: 62, values: (u, at) => at.map(format), space: small ? 20 : 34 };
   return [x, y];
 }

@@ -13,7 +13,8 @@ function Tiles() {
   const row = minute.value[chosen.value];
   const get = (name) => field(row, name);
   const currency = state.value.currency;
-  const slo = about(chosen.value)?.slo;
+  const only = state.value.models.length === 1 ? state.value.models[0] : null;
+  const slo = (about(chosen.value) ?? only)?.slo;
   const [ttft95, ttft50, mean] = [get("ttft_p95_s"), get("ttft_p50_s"), get("ttft_s")];
   const quantiles = ttft95 !== null;
   const spend = get("token_spend_per_hour");
