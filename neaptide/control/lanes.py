@@ -8,7 +8,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from neaptide.control.policy import Floats
+from neaptide.control.policy import Floats, State
+
+ARRAYS: tuple[str, ...] = (
+    "ready",
+    "starting",
+    "queue",
+    "in_flight",
+    "arrivals",
+    "arrived",
+    "started",
+    "counted",
+    "late",
+    "launched",
+)
+ARRAYS += ("drained", "held", "coming")
 
 
 class Lanes:
@@ -25,6 +39,28 @@ class Lanes:
         self.held = np.zeros((held_ticks - 1, lanes))  # what started in the ticks before and still runs
         self.coming = np.zeros((cold_ticks + 1, lanes))  # launched, by the tick in which they are ready
         self.at = 0
+
+    @classmethod
+    def of(cls, slots: float, arrays: State) -> Lanes:
+        """Goes on from `arrays()`, which stay the ones it changes; the number of the tick is the caller's to keep."""
+        lanes = cls.__new__(cls)
+        lanes.slots, lanes.on_time_share, lanes.at = slots, float(arrays["share"][0]), int(arrays["at"][0])
+        for name in ARRAYS:
+            setattr(lanes, name, arrays[name])
+        return lanes
+
+    def arrays(self) -> State:
+        """All that it remembers."""
+        own = {name: getattr(self, name) for name in ARRAYS}
+        return own | {"at": np.array([float(self.at)]), "share": np.array([self.on_time_share])}
+
+    @property
+    def held_ticks(self) -> int:
+        return len(self.held) + 1
+
+    @property
+    def cold_ticks(self) -> int:
+        return len(self.coming) - 1
 
     def work(self, arrivals: Floats) -> None:
         """One tick: starting replicas become ready, work comes in and starts, the late are counted."""

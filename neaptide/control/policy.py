@@ -18,7 +18,7 @@ State = dict[str, Floats]  # arrays whose last axis is the lane; changed in plac
 class Seen:
     """One model at one tick. Arrays have one element a lane; counts may be fractional (fluid)."""
 
-    now_s: float
+    now_s: float  # days begin at multiples of 86,400: daily patterns lean on it
     tick_s: float  # since the last tick
     arrivals: Floats  # requests that came within the tick
     in_flight: Floats  # running or waiting
@@ -28,6 +28,7 @@ class Seen:
     capacity_rps: float  # what one replica serves within the goal
     slots: float  # requests that one replica runs at once
     cold_start_s: float
+    slack_s: float = 2.0  # a request may wait so long
 
 
 class Policy(Protocol):

@@ -120,6 +120,7 @@ class _Step:
             capacity_rps=capacity_rps,
             slots=lanes.slots,
             cold_start_s=world.cold_start_s,
+            slack_s=world.slack_s,
         )
 
     def take(self, now_s: float) -> None:
