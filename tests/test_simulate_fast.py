@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from random import Random
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neaptide.simulate.engine import Book, Traits
+from neaptide.simulate.even import Even, jumping
 from neaptide.simulate.exact import Exact
 from neaptide.simulate.fast import Fast
 from neaptide.simulate.steps import Grid, Linear
@@ -73,6 +76,39 @@ def test_a_replica_that_goes_has_made_the_same_tokens_in_both(asked: list[Row], 
         lost = engine.drop(after_s)
         made.append((sorted(lost), book.made, engine.in_flight))
     assert made[0] == made[1]
+
+
+@given(rows(), st.integers(1, 6), st.floats(0, 60))
+@settings(max_examples=150, deadline=None)
+def test_where_every_step_takes_as_long_the_even_engine_says_the_same(
+    asked: list[Row], batch: int, after_s: float
+) -> None:
+    setup = Traits(step=Linear(base_s=0.1 * 2**0.5), max_batch=batch, chunk_tokens=10_000, kv_tokens=None)
+    books = []
+    for kind in (Even, Fast, Exact):
+        book = Book(requests(asked), 1, 1)
+        assert jumping(setup, book) is Even
+        engine, other = kind(setup, book), kind(setup, book)
+        ids = [id for id, at in enumerate(book.arrived_s) if at <= after_s]
+        engine.run(ids, [book.arrived_s[id] for id in ids], after_s)
+        assert engine.in_flight == sum(math.isnan(book.finish_s[id]) for id in ids)
+        ids = sorted(engine.drop(after_s)) + list(range(len(ids), len(asked)))  # another one takes over
+        other.run(ids, [max(after_s, book.arrived_s[id]) for id in ids], 1e9)
+        books.append(book)
+    for book in books[:2]:
+        assert book.made == books[2].made
+        assert book.first_s == pytest.approx(books[2].first_s)
+        assert book.finish_s == pytest.approx(books[2].finish_s)
+
+
+def test_the_even_engine_is_for_steps_that_nothing_changes() -> None:
+    book = Book(chat(10, 1.0, 1), 1, 1)
+    even = Traits(step=Linear(base_s=0.1), chunk_tokens=10**9, kv_tokens=None)
+    assert jumping(even, book) is Even
+    for changed in (
+        {"step": Linear(base_s=0.1, token_s=1e-6)}, {"step": GRID}, {"kv_tokens": 10_000}, {"chunk_tokens": 100}
+    ):  # fmt: skip
+        assert jumping(msgspec.structs.replace(even, **changed), book) is Fast
 
 
 def without_memory(setup: Traits) -> Traits:

@@ -21,9 +21,9 @@ import numpy as np
 from neaptide.control.policy import Floats, Policy, Seen
 from neaptide.errors import ConfigError
 from neaptide.simulate.arrivals import Requests
-from neaptide.simulate.engine import Book, Engine
+from neaptide.simulate.engine import Book
+from neaptide.simulate.even import jumping
 from neaptide.simulate.exact import Exact
-from neaptide.simulate.fast import Fast
 from neaptide.simulate.replicas import Replica, Replicas
 from neaptide.simulate.routes import RoundRobin, router
 from neaptide.simulate.served import Served
@@ -32,7 +32,6 @@ from neaptide.simulate.settings import Setup, capacity
 Tier = Literal["fast", "exact"]
 FIRST_S = 600.0  # whose requests tell how many replicas there are at first
 TAIL_S = 4 * 3600.0  # after the last arrival; who is not served by then is late for good
-ENGINES: dict[Tier, Callable[..., Engine]] = {"fast": Fast, "exact": Exact}
 
 
 def replay(
@@ -86,7 +85,7 @@ class Replay:
         self._lost = [0] * len(book.prompt)
         self._arrivals = bisect_left(book.arrived_s, to_s)
         self._at = 0
-        engine = ENGINES[tier]
+        engine = Exact if tier == "exact" else jumping(setup.engine, book)
         self.replicas = Replicas(setup, lambda: engine(setup.engine, book), seed)
         self._router = router(setup.route, book, setup.engine.prefix_block_tokens, seed)
         self._line: deque[int] = deque()  # the gateway's

@@ -105,7 +105,8 @@ def of_world(world: World, capacity_rps: float) -> Setup:
     step_s = world.service_s / FLUID_STEPS
     slots = max(1, round(capacity_rps * world.service_s))
     traits = Traits(
-        step=Linear(base_s=step_s), max_batch=slots, chunk_tokens=slots, kv_tokens=None, prefix_block_tokens=0
+        step=Linear(base_s=step_s), max_batch=slots, chunk_tokens=slots * (1 + FLUID_STEPS), kv_tokens=None,
+        prefix_block_tokens=0,
     )  # fmt: skip
     return Setup(
         engine=traits,
