@@ -28,7 +28,7 @@ function Tiles() {
     <${Tile} name=${get("tpot_p95_s") === null ? "TPOT" : "TPOT p95"} value=${span(get("tpot_p95_s") ?? get("tpot_s"))}
       note=${t("tile.tpot.note", { middle: span(get("tpot_s")) })} />
     <${Tile} name=${t("tile.goodput")} value=${share(get("share_in_slo"))} bad=${missed}
-      note=${slo ? t("tile.goodput.note", { ttft: spanslo.ttft_s, tpot: span(slo.tpot_s) }) : t("tile.goodput.all")} />
+      note=${slo ? t("tile.goodput.note", { ttft: span(slo.ttft_s), tpot: span(slo.tpot_s) }) : t("tile.goodput.all")} />
     <${Tile} name=${t("tile.cost")} value=${money(get("cost_per_hour"), currency)}
       note=${get("cost_per_hour") === null ? t("tile.cost.none") : spend === null ? t("tile.cost.replicas") : t("tile.cost.note", { spend: money(spend, currency) })} />
     <${Tile} name=${t("tile.mtok")} value=${money(get("cost_per_mtok"), currency)}
