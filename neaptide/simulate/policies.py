@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from neaptide.control.peers import PEERS, peers
 from neaptide.control.peers.table import DEFAULT_U, TUNED
 from neaptide.control.policy import Floats, Policy
+from neaptide.control.slo import Slo
 from neaptide.errors import ConfigError
 from neaptide.simulate.world import World
 
@@ -35,7 +35,7 @@ class Family:
 def names() -> tuple[str, ...]:
     """All that `all` means, in the order in which they are listed."""
     peers_and_tuned = [name + suffix for name in PEERS for suffix in ("", TUNED)]
-    return (*_own(), *peers_and_tuned)
+    return (OWN, *peers_and_tuned)
 
 
 def chosen(asked: Iterable[str]) -> tuple[str, ...]:
@@ -76,10 +76,4 @@ def build(base: str, targets: Sequence[float] | Floats, peak: float) -> Policy:
 
 def own(slos: Any, most: int) -> Policy:
     """An SLO a lane: it enters the policy's arithmetic lane by lane, so that an array does for the one live number."""
-    from neaptide.control.slo import Slo
-
     return Slo(len(slos), slos, max_replicas=most)
-
-
-def _own() -> tuple[str, ...]:
-    return (OWN,) if importlib.util.find_spec("neaptide.control.slo") else ()
