@@ -126,7 +126,9 @@ class Fast:
         pieces = self._pieces[batch]
         until, at_zero_s, per_token_s = pieces[0] if len(pieces) == 1 else piece_at(pieces, self._context)
         if batch:
-            steps = min(steps, (done[0] >> ID_BITS) - self._count)
+            left = (done[0] >> ID_BITS) - self._count
+            if left < steps:
+                steps = left
             if self._bounded and steps > 1 and self.memory.free < (steps - 1) * batch:
                 steps = max(1, 1 + self.memory.free // batch)
             if until != math.inf:
