@@ -13,6 +13,7 @@ from neaptide.control.keep import (
     OLD_S,
     VERSION,
     Kept,
+    Wants,
     hold,
     load,
     read_overrides,
@@ -37,7 +38,7 @@ def test_what_is_kept_is_read_back_and_is_for_this_user_alone(tmp_path: Path) ->
     path = tmp_path / "scaling.json"
     save(path, kept())
     assert path.stat().st_mode & 0o777 == 0o600
-    found = load(path, NOW_S + 5, {"m": "knative"})
+    found = load(path, NOW_S + 5, {"m": Wants("knative", {})})
     assert found.learnt == kept().learnt
     memory = unpack(found.policies["m"], "knative")
     assert memory is not None
@@ -46,7 +47,7 @@ def test_what_is_kept_is_read_back_and_is_for_this_user_alone(tmp_path: Path) ->
 
 def test_the_last_count_is_forgotten_because_what_runs_now_is_what_counts(tmp_path: Path) -> None:
     save(tmp_path / "s.json", kept())
-    memory = unpack(load(tmp_path / "s.json", NOW_S + 5, {"m": "knative"}).policies["m"], "knative")
+    memory = unpack(load(tmp_path / "s.json", NOW_S + 5, {"m": Wants("knative", {})}).policies["m"], "knative")
     assert memory is not None
     assert (memory.wanted, memory.next_s) == (None, -math.inf)
 
@@ -58,23 +59,32 @@ def test_nothing_kept_is_an_empty_start(tmp_path: Path) -> None:
 def test_another_policys_memory_is_set_aside_and_the_rest_goes_on(tmp_path: Path, caplog) -> None:
     save(tmp_path / "s.json", kept("hpa"))
     with caplog.at_level("INFO"):
-        found = load(tmp_path / "s.json", NOW_S, {"m": "knative"})
+        found = load(tmp_path / "s.json", NOW_S, {"m": Wants("knative", {})})
     assert found.policies == {}
     assert found.learnt.models["m"].service_s == 3.0
     assert "the policy hpa remembered is set aside, knative decides now" in caplog.text
 
 
+def test_arrays_of_another_shape_are_set_aside(tmp_path: Path, caplog) -> None:
+    save(tmp_path / "s.json", kept())
+    for start, stays in (({"a": np.zeros(2)}, True), ({"a": np.zeros(3)}, False), ({"b": np.zeros(2)}, False)):
+        with caplog.at_level("WARNING"):
+            found = load(tmp_path / "s.json", NOW_S, {"m": Wants("knative", start)})
+        assert bool(found.policies) is stays
+    assert "it has another shape" in caplog.text
+
+
 def test_minutes_that_are_long_past_are_of_no_use_but_daily_patterns_are(tmp_path: Path) -> None:
     for policy, stays in (("knative", False), ("slo", True)):
         save(tmp_path / "s.json", kept(policy))
-        assert bool(load(tmp_path / "s.json", NOW_S + OLD_S + 1, {"m": policy}).policies) is stays
+        assert bool(load(tmp_path / "s.json", NOW_S + OLD_S + 1, {"m": Wants(policy, {})}).policies) is stays
 
 
 def aside(tmp_path: Path, raw: bytes, caplog, said: str) -> None:
     path = tmp_path / "scaling.json"
     path.write_bytes(raw)
     with caplog.at_level("WARNING"):
-        assert load(path, NOW_S, {"m": "knative"}) == Kept()
+        assert load(path, NOW_S, {"m": Wants("knative", {})}) == Kept()
     assert said in caplog.text
     assert not path.exists()
     assert (tmp_path / "scaling.json.aside").read_bytes() == raw

@@ -202,6 +202,35 @@ def test_of_events_that_overlap_the_largest_counts_and_fewer_expected_take_nothi
     assert story.ready == 2
 
 
+def test_slo_has_there_what_it_expects_and_says_between_which_rates_the_count_stays() -> None:
+    story = Story(Scale(min=1, max=20), ready=1)
+    story.tick(load(running=24, arrivals=12), 900)  # 2 requests/s a replica
+    assert 6 <= story.ready <= 9
+    assert story.sized.asked.expected == pytest.approx(12, rel=0.05)
+    assert "12.0 requests/s expected in 10 s at 0.99 (12.0 now); one more over" in story.why
+    busy = story.ready
+    story.tick(load(running=4, arrivals=2), 900)
+    assert story.ready < busy
+    assert story.tick(load(), 7200) == 1
+
+
+def test_slo_goes_to_zero_where_it_may_and_is_back_at_once() -> None:
+    story = Story(Scale(min=0, max=3), ready=1)
+    story.tick(load(running=3, arrivals=1), 60)
+    assert story.tick(load(), 4000) == 0
+    assert story.tick(load(waiting=1, arrivals=1)) >= 1
+
+
+def test_slo_expects_the_calendars_traffic() -> None:
+    now_s = 1_760_000_000.0
+    sale = Event(start=when(now_s + 1000), end=when(now_s + 2000), factor=3)
+    story = Story(Scale(min=1, max=30, calendar=(sale,)), ready=2, now_s=now_s)
+    story.tick(load(running=8, arrivals=4), 900)
+    usual = story.ready
+    story.tick(load(running=8, arrivals=4), 97)  # the event is a cold start, 10 s, ahead
+    assert story.ready >= 2 * usual
+
+
 def test_a_policy_acts_as_often_as_it_publishes_and_at_once_the_first_time() -> None:
     story = Story(Scale(min=1, max=9, policy="hpa"), ready=1)
     assert story.tick(load(running=8)) == 3  # 8 in flight at 0.8 of 4 slots each

@@ -14,10 +14,12 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
-from neaptide.control.memory import Memory, pack
+from neaptide.control.memory import Memory, fits, pack
+from neaptide.control.policy import State
 from neaptide.control.shadow import Days
 from neaptide.control.traits import Memory as Learnt
 from neaptide.fleet.state import write_private
@@ -39,6 +41,13 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     shadows: Days = Days()
 
 
+class Wants(NamedTuple):
+    """Whose memory a model can go on with: the policy's name and what it begins with."""
+
+    policy: str
+    start: State
+
+
 class Version(msgspec.Struct):
     version: int = 0
 
@@ -48,8 +57,8 @@ def save(path: Path, kept: Kept) -> None:
     write_private(path, msgspec.json.encode(kept).decode())
 
 
-def load(path: Path, now_wall_s: float, policies: Mapping[str, str]) -> Kept:
-    """What was kept, made fit to go on with; `policies`: whose memory each model wants now. An empty Kept for none."""
+def load(path: Path, now_wall_s: float, policies: Mapping[str, Wants]) -> Kept:
+    """What was kept, made fit to go on with; `policies`: whose memory each model wants. An empty Kept for none."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -67,18 +76,19 @@ def load(path: Path, now_wall_s: float, policies: Mapping[str, str]) -> Kept:
     return msgspec.structs.replace(kept, policies=fresh)
 
 
-def _resumed(model: str, raw: bytes, policies: Mapping[str, str], age_s: float) -> bytes | None:
+def _resumed(model: str, raw: bytes, policies: Mapping[str, Wants], age_s: float) -> bytes | None:
     """The memory with its last count forgotten: what runs now is what counts."""
-    wanted = policies.get(model)
+    wanted, start = policies.get(model, Wants("none", {}))
     try:
         memory = msgspec.msgpack.decode(raw, type=Memory)
     except msgspec.MsgspecError as e:
         log.warning("%s: what its policy remembered is set aside: %s", model, e)
         return None
     if memory.policy != wanted:
-        log.info(
-            "%s: what the policy %s remembered is set aside, %s decides now", model, memory.policy, wanted or "none"
-        )
+        log.info("%s: what the policy %s remembered is set aside, %s decides now", model, memory.policy, wanted)
+        return None
+    if not fits(memory, start):
+        log.warning("%s: what the policy %s remembered is set aside: it has another shape", model, wanted)
         return None
     if age_s > OLD_S and wanted != "slo":
         log.warning("%s: what the policy %s remembered is %.0f s old and starts anew", model, wanted, age_s)

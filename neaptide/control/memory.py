@@ -59,3 +59,11 @@ def unpack(raw: bytes | None, policy: str) -> Memory | None:
 def state_of(memory: Memory) -> State:
     """A copy that may be changed. ValueError when an array's bytes do not fit its shape."""
     return {k: np.frombuffer(a.data, dtype=a.dtype).reshape(a.shape).copy() for k, a in memory.arrays.items()}
+
+
+def fits(memory: Memory, start: State) -> bool:
+    """Whether these arrays are of a policy that begins with `start`: an older release's may have others."""
+    if not memory.arrays:
+        return True
+    known = {k: (a.dtype, a.shape) for k, a in memory.arrays.items()}
+    return all(known.get(k) == (v.dtype.str, v.shape) for k, v in start.items())

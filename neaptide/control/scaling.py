@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from neaptide.clock import wall_s
 from neaptide.control import keep
 from neaptide.control.admin import AdminError
-from neaptide.control.keep import Kept
+from neaptide.control.keep import Kept, Wants
 from neaptide.control.port import (
     ChoiceRow,
     Choices,
@@ -92,8 +92,11 @@ class Scaling:
             log.warning("what scaling learnt cannot be kept in %s: %s", self._kept_path, e.strerror)
 
     def resume(self) -> Kept:
-        policies = {d.model: key_of(d.scale) for d in self._control.deployments if d.scale.max > d.scale.min}
-        return keep.load(self._kept_path, wall_s(), policies)
+        wants = {}
+        for d in self._control.deployments:
+            if (policy := policy_of(d.scale, d.slo.attainment)) is not None:
+                wants[d.model] = Wants(key_of(d.scale), policy.start())
+        return keep.load(self._kept_path, wall_s(), wants)
 
     def is_starving(self) -> bool:
         """Whether something waits for a model that has no replica, ready or starting."""

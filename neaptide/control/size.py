@@ -19,9 +19,11 @@ import numpy as np
 from msgspec.structs import replace
 
 from neaptide.config import span_s
+from neaptide.control.forecast import Expected
 from neaptide.control.memory import Memory, pack, state_of, unpack
 from neaptide.control.peers.table import PEERS
 from neaptide.control.policy import Policy, State
+from neaptide.control.slo import HELD, Slo
 from neaptide.control.thresholds import SeenLive, Thresholds
 from neaptide.types import Deployment, Load, Override, Scale, Traits
 
@@ -29,7 +31,6 @@ TICK_S = 1.0  # the loop's beat: what a policy is told a tick is
 BEAT_S = 0.9  # signals that cover less are of a tick between two beats
 STALE_S = 5.0
 LONGEST_TICK_S = 60 * TICK_S  # more has passed: the machine was suspended, and the counts say nothing
-HELD = 0.5  # spreads in which `slo` keeps its count
 IDLE_STARTS, IDLE_S = 5.0, 10.0  # cold starts, and seconds, after which a policy that never wants zero is sent there
 USUAL_S = 3600.0
 
@@ -113,19 +114,10 @@ def policy_of(scale: Scale, attainment: float) -> Policy | None:
     if scale.policy == "thresholds":
         return Thresholds(scale.rules, **bounds)
     if scale.policy == "slo":
-        return _slo(scale, attainment, bounds)
+        events = [Expected(*span_s(e), e.factor) for e in scale.calendar]
+        return Slo(1, attainment, events=events, **bounds)
     published = PEERS[scale.policy]
     return published.policy(published.default if scale.target is None else scale.target, **bounds)
-
-
-def _slo(scale: Scale, attainment: float, bounds: dict[str, int]) -> Policy | None:
-    try:
-        from neaptide.control.forecast import Expected
-        from neaptide.control.slo import Slo
-    except ImportError:
-        return None
-    events = [Expected(*span_s(e), e.factor) for e in scale.calendar]
-    return Slo(1, attainment, events=events, **bounds)
 
 
 def is_stale(load: Load | None) -> bool:
