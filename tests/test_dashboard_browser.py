@@ -77,6 +77,10 @@ def test_the_page_shows_numbers_in_both_languages_and_asks_no_other_host(page: P
     page.wait_for_selector(".tile:has-text('Cost an hour') strong:has-text('¥3.20')")
     assert page.locator(".uplot").count() == 3
     assert "ticket" not in page.url
+    page.get_by_role("button", name="24 h").click()
+    page.get_by_role("button", name="echo", exact=True).click()  # the model's own numbers
+    page.get_by_role("button", name="15 min").click()
+    assert page.locator(".scope select").input_value() == "echo"
     page.get_by_role("button", name="中文").click()
     page.wait_for_selector("text=每小时费用")
     assert page.evaluate("document.documentElement.lang") == "zh-CN"
