@@ -1,7 +1,10 @@
 """One inference request from admission to its row: what the client has been told, what the replica has said.
 
-    WAITING -> SENT -> (OPEN) -> DONE        OPEN: bytes of the answer are out, so no other replica may be tried
+    WAITING -> SENT -> (OPEN) -> DONE        OPEN: words of the answer are out, so no other replica may be tried
                   \\-> LEAVING -> DONE        the client left; a link's replica still tells its token counts
+
+A stream that waits long (a model at zero starts a replica) gets its head and a comment every HEARTBEAT_S, so that no
+proxy takes it for dead; whatever goes wrong from then on is an error event.
 
 The per-token path is `on_body` (HTTP) and `on_tokens` (link): one clock reading, a few counters, one write; no parsing.
 Whatever ends an answer is held until the row is written: `_settle` gives it to the journal's `then`.
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 WAITING, SENT, OPEN, LEAVING, DONE = range(5)
 ATTEMPTS_AT_MOST = 3
+HEARTBEAT_S = 5.0  # a stream that waits hears from us so often
+HEARTBEAT = b": waiting for a replica\n\n"
 LEAVING_S = 5.0  # how long a link's replica has to tell what an aborted request cost
 WHOLE_ANSWER = 64 << 10  # a longer answer that does not stream is passed on as it comes
 RETRY_STATUS = frozenset((502, 503))
@@ -185,7 +190,10 @@ class Exchange:
             )
             return
         self._held += data
-        if self.state == OPEN or len(self._held) > WHOLE_ANSWER:
+        if self.opened and self.state != OPEN:
+            if len(self._held) > WHOLE_ANSWER:
+                self.on_failure(Failure("replica_no_stream", "did not stream"))
+        elif self.state == OPEN or len(self._held) > WHOLE_ANSWER:
             self._recent = deque((data[-sse.TAIL_BYTES :],))
             self._length = self.answer.length
             self._open(self._length)
@@ -201,6 +209,8 @@ class Exchange:
             tail = b"".join(self._recent or ()) + data[-sse.TAIL_BYTES :]
             self.counts, self.finish = sse.usage(tail), sse.finish(tail)
             self._settle(self._framed(data, last=True), now)
+        elif self.opened:  # no stream came after all: what it says instead becomes an event
+            self._settle(self._framed(sse.as_event(self._held + data), last=True), now)
         else:
             body = self._held + data
             self.counts, self.finish = sse.of_answer(body)
@@ -278,8 +288,11 @@ class Exchange:
             self._say(end.status, answer.EVENTS)
             self._settle(self._head(None) + self._framed(data, last=True), now)
         else:
-            self._say(end.status, end.content_type.encode("latin-1", "replace"))
             self.error = end.error[:64]
+            if self.opened:
+                self._settle(self._framed(sse.as_event(data), last=True), now)
+                return
+            self._say(end.status, end.content_type.encode("latin-1", "replace"))
             self._settle(self._head(len(data)) + data, now)
 
     # --- what goes wrong
@@ -309,11 +322,11 @@ class Exchange:
             return
         self._abort_upstream()
         self.outcome, self.error = outcome, error.slug or "error"
-        if self.state != OPEN:
+        if self.state != OPEN and not self.opened:
             self.answer = AnswerHead(error.status, passed=answer.error_lines(error))
             body = answer.error_body(error)
             self._settle(self._head(len(body)) + body, now)
-        elif self.answer.events:
+        elif self.answer.events or self.state != OPEN:
             event = answer.error_event(error, self._at_boundary())
             self._settle(self._framed(event, last=True), now)
         else:
@@ -346,8 +359,9 @@ class Exchange:
         """Called by the sweep: is anything overdue?"""
         timeouts = self.timeouts
         if self.state == WAITING:
-            return
-        if self.state == LEAVING:
+            if self.asked.stream and now - self.state_s >= HEARTBEAT_S:
+                self._beat(now)
+        elif self.state == LEAVING:
             if now - self.state_s > LEAVING_S:
                 self._settle(b"", now)
         elif now >= self.deadline_s:
@@ -362,6 +376,14 @@ class Exchange:
                 self._late("first_byte_timeout", f"the replica said nothing for {timeouts.first_byte_s:g} s", now)
         elif now - max(self.state_s, self.timing.last_s) > timeouts.idle_s:
             self._late("idle_timeout", f"the replica fell silent for {timeouts.idle_s:g} s", now)
+
+    def _beat(self, now: float) -> None:
+        """It still waits for a replica: keep the client's connection alive."""
+        if not self.opened:
+            self._say(200, answer.EVENTS, events=True)
+            self.connection.write(self._head(None))
+        self.state_s = now
+        self.connection.write(self._framed(HEARTBEAT, last=False))
 
     def _late(self, slug: str, why: str, now: float) -> None:
         self.fail(RequestError(504, f"The request was stopped: {why}.", slug=slug), now, "timeout")
@@ -386,6 +408,10 @@ class Exchange:
             self.handle.resume_reading()
 
     def _head(self, length: int | None) -> bytes:
+        """Nothing where a heartbeat took it out already."""
+        if self.opened:
+            return b""
+        self.opened = True
         call = self.call
         if length is None and not call.http11:
             length, call.close = -1, True
@@ -398,7 +424,7 @@ class Exchange:
 
     def _open(self, length: int | None) -> None:
         if self.state == SENT:
-            self.state, self.opened = OPEN, True
+            self.state = OPEN
             self.connection.write(self._head(length))
 
     def _write(self, data: bytes) -> None:

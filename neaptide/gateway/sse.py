@@ -114,6 +114,15 @@ def finish(tail: bytes) -> str:
     return ""
 
 
+def as_event(body: bytes) -> bytes:
+    """A JSON body as one event: an event's data ends at a line's end, which JSON may have between its words."""
+    try:
+        line = msgspec.json.format(body, indent=-1)
+    except ValueError:
+        line = msgspec.json.encode({"error": {"message": body.decode("utf-8", "replace"), "type": "api_error"}})
+    return b"data: %b\n\n" % line
+
+
 def ends_event(data: bytes) -> bool:
     return data.endswith((b"\n\n", b"\r\n\r\n"))
 
