@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from neaptide.clock import mono_s, wall_s
-from neaptide.control.decide import decide, is_elastic
+from neaptide.control.decide import decide
 from neaptide.control.decisions import DecisionJournal, Line
 from neaptide.control.keep import EVERY_S, Kept
 from neaptide.control.shadow import Shadows
@@ -142,7 +142,7 @@ class Loop:
         return tuple(row for driver in self._drivers for row in driver.rows().values())
 
     def _shadow(self, snapshot: Snapshot) -> None:
-        elastic = [d for d in snapshot.deployments if d.scale.max > d.scale.min and is_elastic(d, snapshot)]
+        elastic = [d for d in snapshot.deployments if d.scale.max > d.scale.min]
         self.shadows.keep_only(d.model for d in elastic)
         for d in elastic:
             load = snapshot.loads.get(d.model)

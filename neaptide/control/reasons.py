@@ -35,7 +35,7 @@ def choice(case: Case, asked: Asked | None, launches: bool, drains: bool, wait: 
 def price(amount: float, currency: str) -> str:
     """1.5 -> ¥1.50; a currency without a sign is named."""
     sign = SIGNS.get(currency) or (f"{currency} " if currency else "")
-    digits = 2 if amount >= 0.1 or amount == 0 else 6
+    digits = 2 if amount >= 0.1 or amount <= 0 else 1 - math.floor(math.log10(amount))  # two that count
     return f"{sign}{amount:,.{digits}f}"
 
 

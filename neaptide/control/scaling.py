@@ -62,7 +62,8 @@ class Scaling:
         told: dict[str, list[str]] = {}
         for id, row in self._control.local.rows().items():
             told.setdefault(row.model, []).append(id)
-        return {model: self._told(ids) for model, ids in told.items()}
+        remote = {r.model: Told(slots=r.max_running) for r in self._control.static.rows().values() if r.max_running}
+        return remote | {model: self._told(ids) for model, ids in told.items()}
 
     def _told(self, ids: list[str]) -> Told:
         about = {id: self._control.local.about(id) for id in ids}
