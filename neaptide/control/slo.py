@@ -41,7 +41,7 @@ class Slo:
     def __init__(
         self,
         lanes: int = 1,
-        slo: float = 0.99,
+        slo: float | Floats = 0.99,  # one for all lanes, or one a lane
         *,
         min_replicas: int = 1,
         max_replicas: int = 1000,
