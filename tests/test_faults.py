@@ -268,3 +268,36 @@ def test_relative_sources_of_an_applied_file_are_looked_for_beside_it(tmp_path, 
 def _answered(service: Service, model: str):
     answer = chat(service, "x", model=model, max_tokens=2).join()
     return answer if answer.status == 200 else None
+
+
+def replicas(service: Service) -> dict[str, dict]:
+    return {r["id"]: r for r in admin(service, "api/v1/status")["replicas"]}
+
+
+def test_a_revision_whose_replicas_die_at_once_is_paused_and_the_old_one_goes_on_serving(serve: Serve) -> None:
+    service = serve("models:\n  echo: {engine: echo, scale: {min: 1, max: 2, policy: fixed}}\n")
+    before = replica(service)
+    service.config.write_text(  # an option that echo does not know: its replicas end as they start
+        "models:\n  echo: {engine: echo, options: {precision: bf16}, scale: {min: 1, max: 2, policy: fixed}}\n"
+    )
+    service.run("apply", "-f", str(service.config))
+
+    def deaths() -> list[str]:
+        rows = admin(service, "api/v1/decisions?limit=100")["rows"]
+        return [text for row in rows for text in row["reasons"] if "deaths in a row" in text]
+
+    wait_for(lambda: any("after 3 deaths" in text for text in deaths()), "three deaths, each with a pause", 60.0)
+    assert chat(service, "still", max_tokens=2).join().status == 200
+    assert replicas(service)[before["id"]]["pid"] == before["pid"]
+    service.config.write_text("models:\n  echo: {engine: echo, scale: {min: 1, max: 2, policy: fixed}}\n")
+    service.run("apply", "-f", str(service.config))
+    wait_for(lambda: list(replicas(service)) == [before["id"]], "the old revision alone", 60.0)
+
+
+def test_a_replica_that_hangs_is_killed_and_replaced_while_another_serves(serve: Serve) -> None:
+    service = serve("models:\n  echo: {engine: echo, scale: {min: 2, max: 2}}\n")
+    hung = replicas(service)["echo-0"]["pid"]
+    os.kill(hung, signal.SIGSTOP)
+    wait_for(lambda: not alive(hung), "the hung replica is killed", 60.0)
+    wait_for(lambda: [r["state"] for r in replicas(service).values()] == ["ready"] * 2, "two replicas again", 60.0)
+    assert chat(service, "after", max_tokens=2).join().status == 200
