@@ -24,12 +24,12 @@ TAILS = (0.35, 0.22, 0.14, 0.09, 0.055, 0.03, 0.015, 0.006, 0.002)  # of errors 
 NORMAL = (0.385, 0.772, 1.080, 1.341, 1.598, 1.881, 2.170, 2.512, 2.878)  # the rungs' margins before errors are known
 QUANTILE_GAIN = 0.003  # spreads a beat: how fast a rung follows the errors' quantile
 HELD = 0.5  # spreads: the band in which the count stays
-JUDGED_S = 2 * 86400.0  # how long an imagined late request counts
+JUDGED_S = 5 * 86400.0  # how long an imagined late request counts
 PRIOR_S = 3600.0  # of traffic: what the assumption below weighs
 PRIOR_LATE = 0.3  # late requests a rung is assumed to have, as a share of its tail
 KEEP_GAIN = 0.05  # a gap between requests, of the logarithm of the time the last replica is kept
 KEEP_FIRST_S, KEEP_LEAST_S, KEEP_LONGEST_S = 300.0, 10.0, 3600.0
-CAUTION = 0.75  # of the allowed late share is planned for
+CAUTION = 0.9  # of the allowed late share is planned for
 
 
 class Slo:
