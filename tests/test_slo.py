@@ -181,3 +181,24 @@ def test_a_replica_that_turns_out_slower_to_start_is_taken_as_it_is() -> None:
         wanted = policy.want(tick, state)
     assert 10 <= wanted[0] <= 14
     assert np.isfinite(np.concatenate([a.ravel() for a in state.values()])).all()
+
+
+def test_the_first_requests_after_silence_do_not_launch_a_crowd() -> None:
+    _, wanted = walk(Slo(min_replicas=0), np.concatenate([np.zeros(HOUR // 4), poisson(1.0, HOUR // 2)]))
+    assert wanted.max() <= 3  # one request a second, where a replica serves two
+
+
+def test_what_waits_is_launched_for_beyond_what_is_forecast() -> None:
+    state, _ = walk(Slo(), np.full(HOUR // 4, 50.0))
+    tick = seen(5.0 * HOUR // 4 + 5.0, 50.0, replicas=5.0)
+    tick.waiting = np.array([600.0])
+    policy = Slo()
+    policy.observe(tick, state)
+    assert policy.want(tick, state)[0] == 10  # ten a second come, ten a second of those that wait within a cold start
+
+
+def test_a_memory_of_hours_ago_says_nothing_of_just_now() -> None:
+    state, _ = walk(Slo(), np.full(HOUR, 200.0))
+    later, wanted = walk(Slo(), np.full(HOUR // 8, 10.0), state, start_s=5.0 * HOUR + 4 * 3600)
+    assert later["f.means"][:, 0] == pytest.approx([2.0] * 5)
+    assert wanted[-1, 0] <= 3

@@ -4,8 +4,8 @@ Members: running means of several lengths (the shortest is nearly the last value
 same time moved yesterday and last week. A trend is no member: it swings, and every swing is paid (docs/log.md). Each is
 scored when its moment has come; the weights follow the scores. The spread is learnt beside it: an hour's and a day's
 mean of the squared errors. Counts of overdispersed arrivals wander with the square root of their mean, so errors are
-kept in that unit. Means and patterns are of usual traffic: the calendar's factor is taken out of what came and put on
-what is expected.
+kept between square roots, twice: a jump from nothing is no more than what came. Means and patterns are of usual
+traffic: the calendar's factor is taken out of what came and put on what is expected.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from neaptide.control.policy import Floats, Seen, State
 
 MEANS_S = (45.0, 75.0, 120.0, 300.0, 900.0)
 STEADY = 2  # of MEANS_S: what the seasons lean on
+SHORTEST_S = 5.0  # the first is a quarter of a cold start, at least this, at most its own length
 MEANS_COLUMN = np.array(MEANS_S)[:, None]
 MEMBERS = (*(f"mean of {s:g} s" for s in MEANS_S), "yesterday", "last week")
 BEATS = 12  # forecasts a horizon: how often members are scored
@@ -29,6 +30,8 @@ WINDOW_S = 600.0  # of the daily and weekly patterns
 DAY, WEEK = 144, 1008  # windows
 PENDING = 3  # windows: what closed within the last two stands beside its forerunner, not in its place
 SLOWEST = 1e-3  # requests/s below which a rate counts as this much
+LEAST_ERROR = 1e-6  # squared: a forecast that was never wrong is not trusted without end
+ASLEEP_S = 120.0  # a longer silence of the clock: what was just now is no longer
 
 
 class Expected(NamedTuple):
@@ -54,6 +57,8 @@ class Forecast:
             "f.sum_s": np.zeros(1),
             "f.made": np.zeros((BEATS + 1, members + 1, lanes)),  # the members' and the ensemble's
             "f.beats": np.zeros(1),
+            "f.scored": np.zeros(1),
+            "f.now": np.full(1, np.nan),
             "f.last": np.zeros(lanes),  # the ensemble's last error, in spreads
             "f.error": np.ones((members, lanes)),  # squared, over the rate
             "f.weights": np.full((members, lanes), 1.0 / members),
@@ -69,6 +74,10 @@ class Forecast:
 
     def observe(self, seen: Seen, state: State) -> bool:
         """Take note of a tick; whether a beat ended, that is, whether the scores and the spread moved."""
+        if seen.now_s - state["f.now"][0] > ASLEEP_S:
+            for name in ("f.ticks", "f.beats", "f.sum", "f.sum_s"):
+                state[name][:] = 0.0
+        state["f.now"][0] = seen.now_s
         self._mean(seen, state)
         self._season(seen, state)
         state["f.sum"] += seen.arrivals
@@ -99,7 +108,12 @@ class Forecast:
 
     def last_error(self, state: State) -> Floats | None:
         """By how many spreads the last beat was over what was expected of it, [lanes]; None before any was."""
-        return state["f.last"] if state["f.beats"][0] > BEATS + 1 else None
+        return state["f.last"] if state["f.beats"][0] > BEATS else None
+
+    def recent(self, state: State) -> Floats:
+        """Requests/s of just now, [lanes]."""
+        now: Floats = state["f.means"][0]
+        return now
 
     def note(self, expected: Floats, seen: Seen, state: State) -> None:
         """At a beat: keep what was expected, to be scored when its time has come."""
@@ -124,7 +138,9 @@ class Forecast:
         rate = seen.arrivals / seen.tick_s / self._factor(seen.now_s)
         state["f.ticks"] += 1
         first = 1.0 / state["f.ticks"][0]  # at the beginning, the plain mean of what there is
-        gain = np.maximum(first, 1.0 - np.exp(-seen.tick_s / MEANS_COLUMN))
+        lengths = MEANS_COLUMN.copy()
+        lengths[0] = min(MEANS_S[0], max(SHORTEST_S, seen.cold_start_s / 4))
+        gain = np.maximum(first, 1.0 - np.exp(-seen.tick_s / lengths))
         state["f.means"] += gain * (rate - state["f.means"])
 
     def _score(self, rate: Floats, beat_s: float, state: State) -> None:
@@ -133,20 +149,18 @@ class Forecast:
         if state["f.beats"][0] <= BEATS:
             return
         made = state["f.made"][int(state["f.beats"][0] + 1) % (BEATS + 1)]  # BEATS ago
-        squared = (rate - made) ** 2 / np.maximum(made, SLOWEST)
-        if state["f.beats"][0] == BEATS + 1:
-            state["f.error"][:] = squared[:-1].mean(axis=0) + SLOWEST
-            state["f.spread"][:] = np.maximum(squared[-1], SLOWEST)
-            return
-        state["f.last"][:] = (rate - made[-1]) / np.sqrt(np.maximum(made[-1], SLOWEST)) / self.spread(state)
-        gain = 1.0 - np.exp(-beat_s / TRUST_S)
-        state["f.error"] += gain * (squared[:-1] - state["f.error"])
+        errors = 2.0 * (np.sqrt(rate) - np.sqrt(np.maximum(made, 0.0)))
+        squared = errors**2
+        state["f.last"][:] = errors[-1] / self.spread(state)
+        state["f.scored"] += 1
+        first = 1.0 / (state["f.scored"][0] + 1.0)  # the assumption counts as one
+        gain = max(first, 1.0 - np.exp(-beat_s / TRUST_S))
+        state["f.error"] += gain * (squared[:-1] + LEAST_ERROR - state["f.error"])
         trust = (state["f.error"].min(axis=0) / state["f.error"]) ** SHARPNESS
         state["f.weights"] = trust / trust.sum(axis=0)
-        beats = state["f.beats"][0] - BEATS
         for i, tau_s in enumerate(SPREADS_S):
-            gain = max(1.0 / beats, 1.0 - np.exp(-beat_s / tau_s))
-            state["f.spread"][i] += gain * (squared[-1] - state["f.spread"][i])
+            gain = max(first, 1.0 - np.exp(-beat_s / tau_s))
+            state["f.spread"][i] += gain * (squared[-1] + LEAST_ERROR - state["f.spread"][i])
 
     def _season(self, seen: Seen, state: State) -> None:
         """Windows lie on the clock: the same one comes round a day and a week later."""

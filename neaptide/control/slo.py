@@ -78,11 +78,19 @@ class Slo:
     def want(self, seen: Seen, state: State) -> Floats:
         margin = _between_rungs(state["s.margins"], state["s.place"])
         state["s.count"] = self._held(margin, state["s.count"], state)
+        state["s.count"] = np.maximum(state["s.count"], self._backlog(seen, state))
         keeps = (state["s.quiet_s"] <= state["s.keep_s"]) | (seen.waiting > 0)
         state["s.count"] = np.maximum(state["s.count"], keeps)
         return np.minimum(np.maximum(state["s.count"], self.low), self.high)
 
     # --- parts
+
+    def _backlog(self, seen: Seen, state: State) -> Floats:
+        """Replicas that serve what comes now and, within a cold start, what waits; 0 where what waits will start in
+        time by itself."""
+        soon = seen.slack_s * seen.capacity_rps * (seen.ready + seen.starting)
+        need = self._forecast.recent(state) + seen.waiting / max(seen.cold_start_s, seen.slack_s, seen.tick_s)
+        return np.where(seen.waiting > soon, np.ceil(need / seen.capacity_rps), 0.0)
 
     def _held(self, margin: Floats, count: Floats, state: State) -> Floats:
         """The count moved no more than it must; arrays are [lanes] or [rungs, lanes]."""
@@ -129,13 +137,14 @@ class Slo:
         by a quarter: a day's judgement stays, only what runs at the moment is lost."""
         held_ticks = max(1, round(seen.slots / seen.capacity_rps / seen.tick_s))
         cold_ticks = max(1, round(seen.cold_start_s / seen.tick_s))
+        slots = seen.capacity_rps * held_ticks * seen.tick_s  # as many a second, whatever the tick
         if "l.at" in state:
-            kept = Lanes.of(seen.slots, {k[2:]: v for k, v in state.items() if k.startswith("l.")})
+            kept = Lanes.of(slots, {k[2:]: v for k, v in state.items() if k.startswith("l.")})
             if _near(kept.held_ticks, held_ticks) and _near(kept.cold_ticks, cold_ticks):
                 return kept
         share = max(0.0, 1.0 - seen.slack_s / seen.tick_s)
         size = len(TAILS) * self.lanes
-        lanes = Lanes(seen.slots, size, held_ticks=held_ticks, cold_ticks=cold_ticks, on_time_share=share)
+        lanes = Lanes(slots, size, held_ticks=held_ticks, cold_ticks=cold_ticks, on_time_share=share)
         lanes.ready[:] = np.tile(seen.ready + seen.starting, len(TAILS))
         state.update({f"l.{k}": v for k, v in lanes.arrays().items()})
         return lanes
