@@ -9,13 +9,14 @@ comma := ,
 # With a database to test against, its driver is needed too.
 TEST_EXTRAS := cpu,dev,simulate$(if $(NEAPTIDE_TEST_POSTGRES_URL),$(comma)postgres)
 TEST_STAMP := .venv/.installed-$(subst $(comma),-,$(TEST_EXTRAS))
-# ARGS="--port 8080" is passed on by `make up`, ARGS="-k journal" by `make test`.
+# ARGS="--port 8080" is passed on by `make up` and `make demo`, ARGS="-k journal" by `make test`.
 ARGS ?=
 
-.PHONY: help up test bench wheel clean
+.PHONY: help up demo test bench wheel clean
 
 help:
 	@echo 'make up      install into .venv/ and start Neaptide in the foreground (ARGS="--port 8080")'
+	@echo 'make demo    the same install, then a day in two minutes: scale from zero, a tide, a kill, the bill (ARGS="--short")'
 	@echo 'make test    format, lint, types and every test (ARGS="-k journal" narrows the tests)'
 	@echo 'make bench   the benchmarks, one after the other; results in bench/results/ (docs/results.md explains them)'
 	@echo 'make wheel   build dist/neaptide-VERSION-py3-none-any.whl'
@@ -24,6 +25,9 @@ help:
 
 up: .venv/.installed-cpu
 	@exec $(BIN)/neaptide up $(ARGS)
+
+demo: .venv/.installed-cpu
+	@exec $(BIN)/neaptide demo $(ARGS)
 
 test: $(TEST_STAMP)
 	@$(BIN)/ruff format --check .

@@ -21,6 +21,7 @@ LAYERS = (
     ("gateway", "control"),
     ("simulate", "dashboard"),
     ("assemble",),
+    ("demo",),
     ("cli",),
 )
 # Neighbours on one layer that may look at each other, one way only, and why.
