@@ -262,7 +262,8 @@ def test_the_short_day_keeps_its_promises_and_leaves_a_page_and_nothing_else(tmp
 
 
 @pytest.mark.timeout(180)
-def test_an_interrupted_day_stops_its_service(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_day_stops_its_service(end: signal.Signals, tmp_path: Path) -> None:
     scratch, out = tmp_path / "scratch", tmp_path / "day.html"
     scratch.mkdir()
     said = tmp_path / "said"
@@ -272,7 +273,7 @@ def test_an_interrupted_day_stops_its_service(tmp_path: Path) -> None:
     try:
         api = wait_for(lambda: re.search(r"http://\S+/v1", said.read_text()), "the service is ready", 90.0)
         wait_for(lambda: "Three requests" in said.read_text(), "the first scene", 60.0)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(end)
         assert process.wait(60) == 130
     finally:
         process.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -38,6 +39,7 @@ T = TypeVar("T")
 def demo(session: Session, short: bool, policy: str, seed: int, out: Path) -> None:
     told = story(short=short, seed=seed, policy=policy)
     _writable(out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the service must not outlive us
     narrator = Narrator(session, told)
     played = play(told, Doors(ask=_asker, opens=_opener), narrator.tell)
     made = bill(played)
