@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from neaptide.simulate.tail_arrivals import small
 from neaptide.simulate.tail_bound import bound, cheapest
 from neaptide.simulate.tail_levels import Level, Paid, Shop, levels, serve
 from neaptide.simulate.world import changed, read_world
+from tests.cli_run import cli
 
 SHOP = Shop(slots=2, cold_start_s=120.0)
 TO_S = 4000.0
@@ -130,16 +133,19 @@ def test_models_that_are_busy_together_share_a_replica() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(TIMES | BURSTS, min_size=1, max_size=4), KEEPS)
-def test_a_pool_loses_no_request_and_its_first_replica_costs_no_more_than_theirs(
-    models: list[Floats], keep_s: float
-) -> None:
-    wide = Shop(slots=1000)  # one replica does
-    alone, pooled = traffic([[t_s] for t_s in models], wide), traffic([models], wide)
-    apart = [alone.paid(at, keep_s, 0.0, TO_S) for at in range(len(models))]
-    together = pooled.paid(0, keep_s, 0.0, TO_S)
-    assert together.requests == sum(p.requests for p in apart) == sum(map(len, models))
-    assert together.late <= sum(p.late for p in apart)
-    assert together.replica_s <= sum(p.replica_s for p in apart) + 1e-9
+def test_a_pool_loses_no_request(models: list[Floats], keep_s: float) -> None:
+    found = traffic([models], SHOP)
+    served = [level.served for level in found.at[0.0][0]]
+    assert np.array_equal(np.sort(np.concatenate([*models, models[0][:0]])), np.sort(np.concatenate([[], *served])))
+    for headroom in found.at:
+        paid = [found.paid(0, keep_s, 0.0, TO_S), found.further(headroom, keep_s, 0.0, TO_S)]
+        assert sum(p.requests for p in paid) == sum(map(len, models))
+
+
+def test_a_pool_always_on_costs_one_replica_whatever_is_in_it() -> None:
+    models = [np.arange(at, 3000.0, 50.0) for at in (0.0, 7.0, 20.0)]
+    found = traffic([models], Shop(slots=50)).paid(0, np.inf, 0.0, TO_S)
+    assert found == Paid(TO_S, 0, 0, 180)
 
 
 def test_the_price_spends_seconds_where_they_help_most_requests() -> None:
@@ -186,7 +192,7 @@ def trace(days: int = 3) -> Rates:
     return Rates(series="s", window_s=600.0, start_s=0.0, rates=clients.sum(0), clients=clients, client_names=names)
 
 
-QUESTION = TailQuestion(first_day=2, last_day=2, tune=(0, 1), seeds=(0, 1), slots=60)
+QUESTION = TailQuestion(first_day=2, last_day=2, tune=(0, 1), seeds=(0, 1), capacity_rps=6.0)
 
 
 def test_a_comparison_tells_the_same_each_time_and_keeps_every_request() -> None:
@@ -221,3 +227,28 @@ def test_what_has_no_small_models_says_so() -> None:
         small(trace(), 0.001, (2, 2))
     with pytest.raises(ConfigError, match="no clients"):
         small(Rates(series="s", window_s=600.0, start_s=0.0, rates=np.ones(144)), 0.5, (0, 0))
+
+
+def test_the_command_line_tells_table_and_json(tmp_path: Path) -> None:
+    rates = trace(2)
+    file = tmp_path / "clients.csv"
+    rows = [
+        f"{600 * window},{name},{rps:g}"
+        for name, client in zip(rates.client_names, np.asarray(rates.clients), strict=True)
+        for window, rps in enumerate(client.tolist())
+    ]
+    file.write_text("\n".join(["t_s,client,rate_rps", *rows]) + "\n")
+    asked = ("simulate", "--arrivals", str(file), "--tune", "0", "--tail", "--capacity", "6", "--pool", "2")
+    told = json.loads(cli(*asked, "--json").stdout)
+    assert told["world"]["cold_start_s"] == COLD_START_S
+    assert told["bound"]["replica_hours"] <= told["bound"]["replica_hours_no_budget"]
+    assert sorted(name for pool in told["models"]["pools"] for name in pool) == told["models"]["names"]
+    own = [row for row in told["policies"] if row["name"] == "neaptide"]
+    assert {row["models_a_replica"] for row in own} == {1, 2}
+    shown = cli(*asked)
+    assert shown.returncode == 0, shown.stderr
+    assert "knative" in shown.stdout
+    assert "clairvoyant scale to zero" in shown.stdout
+    refused = cli(*asked, "--policy", "hpa")
+    assert refused.returncode != 0
+    assert "leave out --policy" in refused.stderr

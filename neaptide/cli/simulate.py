@@ -14,13 +14,15 @@ from neaptide.cli.draw import span, table
 from neaptide.cli.session import Session, common
 from neaptide.cli.words import language, say
 from neaptide.errors import ConfigError
-from neaptide.simulate import sources
+from neaptide.simulate import sources, tail_report
 from neaptide.simulate.arrivals import Rates, Requests
 from neaptide.simulate.bound import DEFINITION
 from neaptide.simulate.compare import Comparison, Question, Row, Tell, compare, span_of
 from neaptide.simulate.outcome import Price, by_cost, outcome
-from neaptide.simulate.policies import OWN, chosen
+from neaptide.simulate.policies import ALL, OWN, chosen
 from neaptide.simulate.singly import MOST_REQUESTS, replayed_requests, singly
+from neaptide.simulate.tail import COLD_START_S, TailQuestion, compare_tail
+from neaptide.simulate.tail_bound import DEFINITION as TAIL_DEFINITION
 from neaptide.simulate.world import World, changed, read_world
 
 PRICED_SLOS = (0.95, 0.98, 0.99, 0.995, 0.999)
@@ -45,13 +47,28 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--price-per-hour", type=click.FloatRange(0, min_open=True), help=say("simulate.price"))
 @click.option("--currency", default="CNY", show_default=True, help=say("simulate.currency"))
 @click.option("--html", type=FILE, help=say("simulate.html"))
+@click.option("--tail", is_flag=True, help=say("simulate.tail"))
+@click.option(
+    "--tail-below",
+    type=click.FloatRange(0, min_open=True),
+    metavar="RPS",
+    default=0.5,
+    show_default=True,
+    help=say("simulate.tail_below"),
+)
+@click.option(
+    "--pool", type=click.IntRange(1, 1000), metavar="N", default=4, show_default=True, help=say("simulate.pool")
+)
 @common
 def simulate(
     session: Session, path: str, series: str | None, first: int | None, last: int | None, history: str | None,
     tune: str, policies: str, cold_start_s: float | None, slo: float | None, capacity: float | None,
     world_file: Path | None, tier: str | None, seed: int, seeds: int, price_per_hour: float | None, currency: str,
-    html: Path | None,
+    html: Path | None, tail: bool, tail_below: float, pool: int,
 ) -> None:  # fmt: skip
+    if tail and (html or price_per_hour or tier or policies != ALL):
+        fix = "leave out --policy, --tier, --price-per-hour and --html"
+        raise ConfigError("--tail has policies of its own, no tiers, no prices, no page", code="E110", fix=fix)
     names = chosen(name.strip() for name in policies.split(",") if name.strip())
     world = changed(read_world(world_file), cold_start_s=cold_start_s, slo=slo)
     tune_days = days(tune, "--tune")
@@ -60,6 +77,13 @@ def simulate(
     before = _read(session, history, series) if history else None
     rates = sources.rates(found, before, series or "")
     first, last = reported(rates, tune_days, first, last)
+    if tail:
+        world = world if world_file else changed(world, cold_start_s=cold_start_s or COLD_START_S)
+        small = TailQuestion(
+            first_day=first, last_day=last, tune=tune_days, below_rps=tail_below, pool=pool,
+            seeds=tuple(range(seed, seed + seeds)), capacity_rps=capacity,
+        )  # fmt: skip
+        return _tail(session, rates, world, small)
     question = Question(
         policies=names, first_day=first, last_day=last, tune=tune_days, seeds=tuple(range(seed, seed + seeds)),
         slos=PRICED_SLOS if html and OWN in names else (), capacity_rps=capacity,
@@ -73,6 +97,22 @@ def simulate(
         session.data(outcome(result, price))
     else:
         _show(result, price)
+
+
+def _tail(session: Session, rates: Rates, world: World, question: TailQuestion) -> None:
+    with _progress() as tell:
+        found = compare_tail(rates, world, question, tell)
+    if session.as_json:
+        session.data(tail_report.outcome(found))
+        return
+    budget = f"{100 * (1 - world.slo):g}"
+    columns = [say(f"simulate.col.{name}") for name in tail_report.COLUMNS]
+    title = say("simulate.tail_title", models=len(found.models), series=rates.series, below=f"{question.below_rps:g}",
+                first=question.first_day, last=question.last_day, seeds=", ".join(map(str, question.seeds)),
+                slots=found.shop.slots, cold=f"{world.cold_start_s:g}", slo=f"{100 * world.slo:g}",
+                slack=f"{world.slack_s:g}")  # fmt: skip
+    table(title, columns, [tail_report.cells(found, row) for row in tail_report.by_cost(found)])
+    click.echo(say("simulate.bound", hours=f"{found.bound_hours:,.1f}", budget=budget, definition=TAIL_DEFINITION))
 
 
 def days(text: str, option: str) -> tuple[int, int]:

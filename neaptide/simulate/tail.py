@@ -40,7 +40,7 @@ class TailQuestion:
     below_rps: float = 0.5
     pool: int = 4
     seeds: tuple[int, ...] = (0,)
-    slots: int | None = None  # of one replica; None: those of the goal's world, from the tuning days
+    capacity_rps: float | None = None  # of one replica; None: the goal's world's, from the tuning days
 
 
 class Rule(NamedTuple):
@@ -132,7 +132,8 @@ class Traffic:
 def compare_tail(rates: Rates, world: World, question: TailQuestion, tell: Tell = lambda share: None) -> Tail:
     """The world's SLO, service, allowed wait and cold start. ConfigError as `small` and `Rates.span`."""
     models = small(rates, question.below_rps, question.tune)
-    slots = question.slots or max(1, round(world.service_s * capacity(rates, days_of(question.tune))))
+    served_rps = question.capacity_rps or capacity(rates, days_of(question.tune))
+    slots = max(1, round(world.service_s * served_rps))
     shop = Shop(slots, world.cold_start_s, world.service_s, world.slack_s)
     groups = tail.pools(busy(models, question.tune), question.pool)
     found: dict[tuple[str, bool], list[Paid]] = {}
