@@ -18,6 +18,7 @@ from neaptide.errors import NeaptideError
 EVERY_S = 0.5
 TRAFFIC_S = 15.0  # between two lines about traffic
 BACK_S = 30.0  # that a killed replica's successor is waited for
+ALONE = 0.1  # of a day: so long the kill waits for a second replica
 T = TypeVar("T")
 Tell = Callable[[str, dict[str, Any]], None]
 
@@ -109,9 +110,10 @@ class Watch:
     # --- the kill -----------------------------------------------------------------------------------------------
 
     def _kill(self, replicas: Sequence[ReplicaStatus], now_s: float) -> None:
-        """The busiest replica, once its time has come and another one is there."""
+        """The busiest replica, once its time has come and another one is there; on a slow machine the only one."""
         killed, ready = self.seen.killed, [r for r in replicas if r.state == "ready" and r.pid]
-        if killed is None and now_s >= self._story.kill_s and len(ready) > 1:
+        due_s = self._story.kill_s + (0.0 if len(ready) > 1 else ALONE * self._story.day_s)
+        if killed is None and ready and now_s >= due_s:
             victim = max(ready, key=lambda r: r.running)
             if victim.running and victim.pid:
                 self._pids = {r.pid for r in replicas if r.pid}
