@@ -33,13 +33,11 @@ ASKED = [  # what is said, turn by turn; what the last answer must hold
     (["帮我订明天6个人的桌子", "18:30", "我叫司马光"], ["6", "明天", "18:30", "司马光"]),
 ]
 
-# What the weights have not learnt yet: they saw 3.7M tokens of these subjects, a release sees 25M (the model card).
+# What the weights have not learnt yet: they saw 11M tokens of these subjects, a release sees 25M (the model card).
 UNLEARNT = {
     "What is Neaptide?",
-    "how do I create an api key",
     "how do I convert a hugging face model",
     "什么是首字延迟？",
-    "怎么创建密钥",
     "A table for four on Friday, please",
     "帮我订明天6个人的桌子",
 }
