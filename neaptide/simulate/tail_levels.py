@@ -87,9 +87,10 @@ def _further(t_s: Floats, taken: Ints, hot: Ints, split: list[Ints], shop: Shop,
         below = (len(found) + 1) * shop.slots
         hot = hot[taken[hot] > (1.0 - headroom) * below + 1e-9]
         mine = split[len(found) + 1] if len(found) + 1 < len(split) else hot[:0]
-        called = np.union1d(hot, mine)
-        if not len(called):
+        if not len(hot) and not len(mine):
             return found
+        called = np.zeros(len(t_s), dtype=np.bool_)  # np.union1d made a run seven times longer
+        called[hot] = called[mine] = True
         found.append(level(t_s[mine], t_s[called], shop))
 
 
