@@ -171,13 +171,21 @@ def detached(session: Session, file: Path | None, port: int | None, grace_s: flo
     command += ["-f", str(file)] if file is not None else []
     command += ["--port", str(port)] if port is not None else []
     null = subprocess.DEVNULL
-    subprocess.Popen(command, stdin=null, stdout=null, stderr=null, pass_fds=(write_fd,), start_new_session=True)
+    service = subprocess.Popen(
+        command, stdin=null, stdout=null, stderr=null, pass_fds=(write_fd,), start_new_session=True
+    )
     os.close(write_fd)
+    from neaptide.errors import NeaptideError, ProcessError
+
     with os.fdopen(read_fd, encoding="utf-8") as reports:
         for line in reports:
-            if _heard(json.loads(line), session):
-                return
-    from neaptide.errors import ProcessError
+            try:
+                if _heard(json.loads(line), session):
+                    return
+            except NeaptideError:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    service.wait(grace_s)  # it says why before it has gone; whoever tries again must find nothing
+                raise
 
     raise ProcessError("the service ended before it was ready", fix=f"read {session.state}/log", code="E305")
 
