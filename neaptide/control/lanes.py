@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from neaptide.control.policy import Floats, State
+from neaptide.control.policy import Floats, Seen, State
 
 ARRAYS: tuple[str, ...] = (
     "ready",
@@ -53,6 +53,22 @@ class Lanes:
         """All that it remembers."""
         own = {name: getattr(self, name) for name in ARRAYS}
         return own | {"at": np.array([float(self.at)]), "share": np.array([self.on_time_share])}
+
+    def seen(self, part: slice, tick_s: float, capacity_rps: float, cold_start_s: float, slack_s: float = 2.0) -> Seen:
+        """What a policy of the lanes of `part` sees: views, which stay true; its time is the caller's to set."""
+        return Seen(
+            now_s=0.0,
+            tick_s=tick_s,
+            arrivals=self.arrivals[part],
+            in_flight=self.in_flight[part],
+            waiting=self.queue[part],
+            ready=self.ready[part],
+            starting=self.starting[part],
+            capacity_rps=capacity_rps,
+            slots=self.slots,
+            cold_start_s=cold_start_s,
+            slack_s=slack_s,
+        )
 
     @property
     def held_ticks(self) -> int:

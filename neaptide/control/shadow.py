@@ -92,19 +92,7 @@ class Shadow:
         return lanes, [self._view(lanes, i, capacity_rps) for i in range(len(NAMES))]
 
     def _view(self, lanes: Lanes, i: int, capacity_rps: float) -> Seen:
-        part = slice(i, i + 1)
-        return Seen(
-            now_s=0.0,
-            tick_s=TICK_S,
-            arrivals=lanes.arrivals[part],
-            in_flight=lanes.in_flight[part],
-            waiting=lanes.queue[part],
-            ready=lanes.ready[part],
-            starting=lanes.starting[part],
-            capacity_rps=capacity_rps,
-            slots=lanes.slots,
-            cold_start_s=self._traits.cold_start_s,
-        )
+        return lanes.seen(slice(i, i + 1), TICK_S, capacity_rps, self._traits.cold_start_s)
 
     def _add(self, day: str, policy: str, replica_s: float, arrivals: float, late: float) -> None:
         rows = self.days.setdefault(day, {})

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neaptide.control.lanes import Lanes
-from neaptide.control.policy import Floats, Policy, Seen, State
+from neaptide.control.policy import Floats, Policy, State
 from neaptide.simulate.arrivals import DAY_S
 from neaptide.simulate.world import World
 
@@ -109,19 +109,7 @@ class _Step:
         self._policy, self._part, self._lanes = policy, part, lanes
         self._state: State = policy.start()
         self._next_s = 0.0
-        self._seen = Seen(
-            now_s=0.0,
-            tick_s=world.tick_s,
-            arrivals=lanes.arrivals[part],
-            in_flight=lanes.in_flight[part],
-            waiting=lanes.queue[part],
-            ready=lanes.ready[part],
-            starting=lanes.starting[part],
-            capacity_rps=capacity_rps,
-            slots=lanes.slots,
-            cold_start_s=world.cold_start_s,
-            slack_s=world.slack_s,
-        )
+        self._seen = lanes.seen(part, world.tick_s, capacity_rps, world.cold_start_s, world.slack_s)
 
     def take(self, now_s: float) -> None:
         seen = self._seen
