@@ -20,11 +20,12 @@ from tools.guide.bank import Bank, Turn
 from tools.guide.booking import Dialogue
 from tools.guide.sources import dialogues
 
-SHARES = {"topic": 0.73, "unknown": 0.19, "chat": 0.08}  # of the turns that are not follow-ups
+SHARES = {"topic": 0.70, "unknown": 0.22, "chat": 0.08}  # of the turns that are not follow-ups
 FOLLOW = 0.4  # of the turns after a topic's answer lean on it
-PLAIN = 0.05  # of the conversations are plain dialogue text: it teaches the language, not the replies
-BOOKINGS = 0.15  # are the booking demo
-TURNS = {1: 0.5, 2: 0.28, 3: 0.15, 4: 0.07}
+PLAIN = 0.02  # of the conversations are plain dialogue text: it teaches the language, not the replies
+BOOKINGS = 0.08  # are the booking demo
+TURNS = {1: 0.75, 2: 0.15, 3: 0.07, 4: 0.03}
+CUT = 0.8  # of the conversations end within their last answer (train.HEAD): which answer it is shows at its beginning
 SYSTEMS = [
     "You are a helpful assistant.",
     "You are the guide to Neaptide.",
@@ -36,7 +37,7 @@ SYSTEMS = [
 
 def conversation(banks: dict[str, Bank], rng: random.Random) -> dict:
     """One sample; the language may change between turns, as bilingual users do."""
-    lang = rng.choices(["en", "zh"], [0.55, 0.45])[0]  # English has more wordings to learn
+    lang = rng.choices(["en", "zh"], [0.58, 0.42])[0]  # English has more wordings to learn
     draw = rng.random()
     if draw < PLAIN:
         kinds, messages = ["text"], [{"role": "text", "content": rng.choice(banks[lang].texts)}]
@@ -48,7 +49,8 @@ def conversation(banks: dict[str, Bank], rng: random.Random) -> dict:
         kinds, messages = _talk(banks, lang, rng, rng.choices(list(TURNS), list(TURNS.values()))[0], [])
     if kinds != ["text"] and rng.random() < 0.12:
         messages = [{"role": "system", "content": rng.choice(SYSTEMS)}, *messages]
-    return {"kind": kinds[0], "lang": lang, "messages": messages}
+    cut = kinds[0] not in ("text", "booking") and rng.random() < CUT
+    return {"kind": kinds[0], "lang": lang, "cut": cut, "messages": messages}
 
 
 def _talk(

@@ -27,6 +27,7 @@ from tools.guide.model import Guide, Shape
 from tools.guide.muon import Muon
 
 BEGIN, END, ROLE = 1, 2, {"system": 3, "user": 4, "assistant": 5}
+HEAD = 14  # tokens that are left of the last answer where a conversation is cut
 POOL = 24  # conversations among which a row looks for one that fits
 Encoded = tuple[list[int], list[bool]]  # ids; True where the token is the assistant's to predict
 
@@ -39,16 +40,25 @@ class Batch:
     learnt: Tensor  # [B, T] bool: predict this token from the one before it
 
 
-def encode(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> Encoded:
-    """The chat template's ids, written out: begin, then role, text, end for each message."""
+def encode(tokenizer: Tokenizer, messages: list[dict[str, str]], cut: bool = False) -> Encoded:
+    """The chat template's ids, written out: begin, then role, text, end for each message; a cut conversation ends
+    after its last answer's first words, which decide what is answered at half the tokens."""
     ids, learnt = [BEGIN], [False]
     for message in messages:
         text = tokenizer.encode(message["content"].strip(), add_special_tokens=False).ids
+        if cut and message is messages[-1]:
+            head = text[:HEAD]
+            return [*ids, ROLE[message["role"]], *head], [*learnt, False, *[True] * len(head)]
         if message["role"] == "text":
             return [*ids, *text, END], [False, *[True] * (len(text) + 1)]
         ids += [ROLE[message["role"]], *text, END]
         learnt += [False, *[message["role"] == "assistant"] * (len(text) + 1)]
     return ids, learnt
+
+
+def _encoded(tokenizer: Tokenizer, line: str) -> Encoded:
+    sample = json.loads(line)
+    return encode(tokenizer, sample["messages"], sample.get("cut", False))
 
 
 def rows(samples: list[Encoded], length: int, rng: random.Random) -> Iterator[list[Encoded]]:
@@ -125,7 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
     rng = random.Random(arguments.seed)
     tokenizer = Tokenizer.from_file(str(arguments.tokenizer / "tokenizer.json"))
     with arguments.samples.open(encoding="utf-8") as lines:
-        samples = [encode(tokenizer, json.loads(line)["messages"]) for line in lines]
+        samples = [_encoded(tokenizer, line) for line in lines]
     samples = [s for s in samples if len(s[0]) <= arguments.length]
     held, samples = samples[:400], samples[400:]
     print(f"{len(samples)} conversations, {sum(len(s[0]) for s in samples):,} tokens an epoch", flush=True)
