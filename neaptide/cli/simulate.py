@@ -19,6 +19,7 @@ from neaptide.simulate.arrivals import Rates, Requests
 from neaptide.simulate.bound import DEFINITION
 from neaptide.simulate.compare import Comparison, Question, Row, Tell, compare, span_of
 from neaptide.simulate.outcome import Price, by_cost, outcome
+from neaptide.simulate.parts import parts, tree
 from neaptide.simulate.policies import ALL, OWN, chosen
 from neaptide.simulate.singly import MOST_REQUESTS, replayed_requests, singly
 from neaptide.simulate.tail import COLD_START_S, TailQuestion, compare_tail
@@ -47,6 +48,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--price-per-hour", type=click.FloatRange(0, min_open=True), help=say("simulate.price"))
 @click.option("--currency", default="CNY", show_default=True, help=say("simulate.currency"))
 @click.option("--html", type=FILE, help=say("simulate.html"))
+@click.option("--parts", "in_parts", is_flag=True, help=say("simulate.parts"))
 @click.option("--tail", is_flag=True, help=say("simulate.tail"))
 @click.option(
     "--tail-below",
@@ -64,10 +66,12 @@ def simulate(
     session: Session, path: str, series: str | None, first: int | None, last: int | None, history: str | None,
     tune: str, policies: str, cold_start_s: float | None, slo: float | None, capacity: float | None,
     world_file: Path | None, tier: str | None, seed: int, seeds: int, price_per_hour: float | None, currency: str,
-    html: Path | None, tail: bool, tail_below: float, pool: int,
+    html: Path | None, in_parts: bool, tail: bool, tail_below: float, pool: int,
 ) -> None:  # fmt: skip
-    if tail and (html or price_per_hour or tier or policies != ALL):
-        fix = "leave out --policy, --tier, --price-per-hour and --html"
+    if in_parts and tier not in (None, "fluid"):
+        raise ConfigError(f"--parts is of the fluid tier, not of {tier}", code="E110", fix="leave out --tier")
+    if tail and (html or price_per_hour or tier or in_parts or policies != ALL):
+        fix = "leave out --policy, --tier, --parts, --price-per-hour and --html"
         raise ConfigError("--tail has policies of its own, no tiers, no prices, no page", code="E110", fix=fix)
     names = chosen(name.strip() for name in policies.split(",") if name.strip())
     world = changed(read_world(world_file), cold_start_s=cold_start_s, slo=slo)
@@ -89,14 +93,21 @@ def simulate(
         slos=PRICED_SLOS if html and OWN in names else (), capacity_rps=capacity,
     )  # fmt: skip
     with _progress() as tell:
-        result = _compared(world, rates, question, tier, sources.recorded(found, before), tell)
+        result = _compared(world, rates, question, "fluid" if in_parts else tier, sources.recorded(found, before), tell)
     if html:
         _write(html, result, price)
         session.note(say("simulate.written", file=html))
+    found_parts = None
+    if in_parts:
+        with _progress() as tell:
+            found_parts = parts(result, tell)
     if session.as_json:
-        session.data(outcome(result, price))
-    else:
-        _show(result, price)
+        session.data(outcome(result, price) | ({"parts": tree(found_parts)} if found_parts else {}))
+        return
+    _show(result, price)
+    if found_parts:
+        shares = {name: f"{100 * share:.1f}" for name, share in found_parts.means.items()}
+        click.echo(say("simulate.in_parts", over=f"{100 * sum(found_parts.means.values()):.1f}", **shares))
 
 
 def _tail(session: Session, rates: Rates, world: World, question: TailQuestion) -> None:

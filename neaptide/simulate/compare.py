@@ -161,7 +161,7 @@ def compare(world: World, rates: Rates, question: Question, tell: Tell = lambda 
     capacity_rps = question.capacity_rps or own_capacity / world.replicas_at_peak
     peak = own_capacity / capacity_rps
     span = span_of(world, rates, question)
-    rows = _counts(world, rates, question.seeds, span)
+    rows = counts_of(world, rates, question.seeds, span)
     families = targets_of(question, world, peak)
     seeds = len(question.seeds)
     entries = [_entry(family, targets, seeds, peak) for family, targets in families]
@@ -196,7 +196,7 @@ def _floor(t_s: float, tick_s: float) -> float:
     return math.floor(t_s / tick_s) * tick_s
 
 
-def _counts(world: World, rates: Rates, seeds: Sequence[int], span: Span) -> Floats:
+def counts_of(world: World, rates: Rates, seeds: Sequence[int], span: Span) -> Floats:
     """[seeds, ticks] from the first day of all to the last one that matters."""
     drawn = [counts(rates, world.tick_s, seed, span.start_s, span.end_s) for seed in seeds]
     return np.stack(drawn).astype(np.float64)
