@@ -54,6 +54,7 @@ class EngineOptions(Part, frozen=True, kw_only=True):
     context_tokens: int | None = None  # a smaller context than the model's
     cpus: tuple[int, ...] = ()  # pin the engine process
     io_cpus: tuple[int, ...] = ()  # pin the replica's I/O process
+    step_log: bool = False  # write what each step computed and took, for the simulator to learn
     echo_ttft_ms: float = 0.0  # echo only
     echo_tpot_ms: float = 0.0  # echo only
 

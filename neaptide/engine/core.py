@@ -36,10 +36,11 @@ class Ended(Exception):
 
 def build(spec: ReplicaSpec, wait: Wait) -> tuple[Engine, Stages]:
     """The spec's engine, loaded and warmed up, and the seconds each stage took. The heavy import happens here."""
+from neaptide.engine.steplog import watched
     if spec.engine == "echo":
         from neaptide.engine.echo import EchoEngine
 
-        return EchoEngine(spec, RealClock(), wait), {}
+        return watched(EchoEngine(spec, RealClock(), wait), spec), {}
     if spec.engine == "openvino":
         started_s = mono_s()
         try:
@@ -51,7 +52,7 @@ def build(spec: ReplicaSpec, wait: Wait) -> tuple[Engine, Stages]:
                 fix="pip install 'neaptide[cpu]'",
             ) from error
         stages: Stages = {"import_s": mono_s() - started_s}
-        return OpenVinoEngine(spec, stages), stages
+        return watched(OpenVinoEngine(spec, stages), spec), stages
     raise ConfigError(
         f"unknown engine {spec.engine!r}",
         why="the engines are openvino and echo",

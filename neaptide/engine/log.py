@@ -16,15 +16,17 @@ _encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
 class Log:
-    """`path` "" = stderr. Keeps the file and one predecessor (PATH.1). Never raises for want of space: a process must
-    not die of its log; what could not be written is counted in `lost`."""
+    """`path` "" = stderr. Keeps the file and one predecessor (PATH.1); each begins with `head` where one is given.
+    Never raises for want of space: a process must not die of its log; what was not written is counted in `lost`."""
 
-    def __init__(self, path: str, **always: Any) -> None:
-        self._path, self._always = path, always
+    def __init__(self, path: str, *, head: dict[str, Any] | None = None, **always: Any) -> None:
+        self._path, self._head, self._always = path, head, always
         self._fd, self._size = 2, 0
         self.lost = 0
         if path:
             self._open()
+        elif head is not None:
+            self._append(_encode(head))
 
     def info(self, event: str, **fields: Any) -> None:
         self._write("info", event, fields)
@@ -37,6 +39,9 @@ class Log:
         line = _encode({"t": round(wall_s(), 3), "level": level, "event": event, **self._always, **short})
         if len(line) > MAX_LINE_BYTES:
             line = _encode({"t": round(wall_s(), 3), "level": level, "event": event, "cut": len(line)})
+        self._append(line)
+
+    def _append(self, line: bytes) -> None:
         try:
             if self._path and self._size + len(line) > MAX_FILE_BYTES:
                 self._rotate()
@@ -49,8 +54,10 @@ class Log:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._size = os.fstat(self._fd).st_size
         except OSError as e:
-            self._path = ""
             print(f"log {self._path}: {e}; writing to stderr", file=sys.stderr)
+            self._path = ""
+        if self._head is not None and not self._size:
+            self._append(_encode(self._head))
 
     def _rotate(self) -> None:
         os.replace(self._path, f"{self._path}.1")

@@ -10,8 +10,12 @@ from neaptide.config import EngineOptions
 from neaptide.errors import ConfigError
 from neaptide.specs import ReplicaSpec
 
-PLACEMENT = ("cpus", "io_cpus")  # acted on before an engine is built; every engine accepts them
+PLACEMENT = ("cpus", "io_cpus", "step_log")  # acted on outside of the engine; every engine accepts them
 _DEFAULTS = EngineOptions()
+
+
+def wants_step_log(spec: ReplicaSpec) -> bool:
+    return parse(spec, EngineOptions.__struct_fields__).step_log
 
 
 def parse(spec: ReplicaSpec, understood: Collection[str]) -> EngineOptions:
