@@ -21,6 +21,7 @@ from neaptide import lifeline
 from neaptide.clock import RealClock, mono_s
 from neaptide.engine.pipe import Abort, Add, Close, Failed, MessageReader, Ready, Stepped, pack, to_engine
 from neaptide.engine.protocol import Emission, Engine
+from neaptide.engine.steplog import watched
 from neaptide.errors import ConfigError, ModelError, NeaptideError, ProcessError
 from neaptide.specs import ReplicaSpec
 
@@ -36,7 +37,6 @@ class Ended(Exception):
 
 def build(spec: ReplicaSpec, wait: Wait) -> tuple[Engine, Stages]:
     """The spec's engine, loaded and warmed up, and the seconds each stage took. The heavy import happens here."""
-from neaptide.engine.steplog import watched
     if spec.engine == "echo":
         from neaptide.engine.echo import EchoEngine
 
