@@ -72,6 +72,7 @@ class OpenHeader(msgspec.Struct, kw_only=True):
     body_bytes: int
     stream: bool = False
     include_usage: bool = False  # the client asked for the usage chunk
+    model: str = ""  # the deployment's name, where the replica serves several
     tenant: str = ""  # for prefix_cache: tenant
     deadline_in_s: float | None = None
     generated_ids: list[int] = []  # resume: tokens already delivered elsewhere ...
@@ -101,6 +102,7 @@ class LoadReport(msgspec.Struct, kw_only=True):
     kv_usage: float = 0.0  # 0..1
     step_s: float = 0.0  # median of recent steps
     draining: bool = False
+    rooms: dict[str, int] = {}  # `slots` of each model, where the replica serves several
 
 
 class TallyRow(msgspec.Struct, kw_only=True):

@@ -5,6 +5,18 @@ from __future__ import annotations
 import msgspec
 
 
+class MemberSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What is a model's own in a replica that serves several; the fields of ReplicaSpec of the same names."""
+
+    model: str
+    revision: str
+    source: str = ""
+    options: dict[str, msgspec.Raw] = {}
+    slo_tpot_s: float = 0.1
+    prefix_cache: str = "shared"
+    max_tokens_default: int = 1024
+
+
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     id: str  # "guide-0"; its sockets and log carry this name
     epoch: int
@@ -26,6 +38,13 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     grace_s: float = 20.0
     engine_cpus: tuple[int, ...] = ()  # pin the engine process; empty = the kernel's choice
     io_cpus: tuple[int, ...] = ()
+    members: tuple[MemberSpec, ...] = ()  # of a pool, whose name `model` is then; empty: the one model above
+
+    def each(self) -> tuple[ReplicaSpec, ...]:
+        """A spec for each model it serves, in order; each still names all the members."""
+        if not self.members:
+            return (self,)
+        return tuple(msgspec.structs.replace(self, **msgspec.structs.asdict(m)) for m in self.members)
 
 
 class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -59,6 +59,12 @@ class ReplicaProcess:
         answer = connection.getresponse()
         return answer.status, answer.read()
 
+    def post(self, path: str, body: object) -> tuple[int, bytes]:
+        connection = UnixHTTPConnection(self.spec.http_path)
+        connection.request("POST", path, msgspec.json.encode(body))
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
     def engine_pid(self) -> int:
         children = psutil.Process(self.process.pid).children()
         assert len(children) == 1, children

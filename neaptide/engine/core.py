@@ -3,6 +3,8 @@
 An engine's step holds the GIL, so whatever shares its process starves: HTTP, text and timers live in the I/O process at
 the other end of the socketpair FD. The loop is three visible verbs a turn; it blocks on the socket while idle.
 Writing blocks when the peer does not read: backpressure, and an engine that runs ahead of its reader helps nobody.
+
+A replica of several models has an engine for each, here; the busy ones make a step each, in a ring (decision 0030).
 """
 
 from __future__ import annotations
@@ -19,7 +21,20 @@ import msgspec
 
 from neaptide import lifeline
 from neaptide.clock import RealClock, mono_s
-from neaptide.engine.pipe import Abort, Add, Close, Failed, MessageReader, Ready, Stepped, pack, to_engine
+from neaptide.engine import memory
+from neaptide.engine.pipe import (
+    Abort,
+    Add,
+    Close,
+    Failed,
+    FromEngine,
+    Member,
+    MessageReader,
+    Ready,
+    Stepped,
+    pack,
+    to_engine,
+)
 from neaptide.engine.protocol import Emission, Engine
 from neaptide.engine.steplog import watched
 from neaptide.errors import ConfigError, ModelError, NeaptideError, ProcessError
@@ -27,6 +42,7 @@ from neaptide.specs import ReplicaSpec
 
 SOCKET_BYTES = 4 << 20  # room for hundreds of steps of a large batch; the kernel grants less where its limit is lower
 RECEIVE_BYTES = 1 << 18
+NAP_S = 0.005  # for which an engine that waits for the clock may hold up others that have work
 Wait = Callable[[float], object]
 Stages = dict[str, float]
 
@@ -61,32 +77,67 @@ def build(spec: ReplicaSpec, wait: Wait) -> tuple[Engine, Stages]:
 
 
 class Loop:
-    """Owns the socket and the engine until the end; everything happens in the caller's thread."""
+    """Owns the socket and the engines until the end; everything happens in the caller's thread."""
 
-    def __init__(self, engine: Engine, sock: socket.socket) -> None:
-        self._engine, self._sock = engine, sock
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
         self._reader = MessageReader()
-        self._refused: list[Emission] = []
+        self._engines: list[Engine] = []
+        self._refused: list[list[Emission]] = []
+        self._heard = self._told = 0  # whose messages come, and whose went last
+        self._last = 0  # whose turn was the last
+
+    def host(self, engine: Engine, stages: Stages) -> None:
+        """One more engine, loaded; the peer is told."""
+        self._engines.append(engine)
+        self._refused.append([])
+        self._tell(len(self._engines) - 1, Ready(description=engine.describe(), stages=stages))
 
     def run(self) -> None:
-        """Until Ended or an error of the engine."""
-        engine, sock = self._engine, self._sock
+        """Until Ended or an error of an engine."""
         while True:
-            self._drain(block=not engine.busy())
-            emissions: list[Emission] = []
-            step_s = 0.0
-            if engine.busy():
-                started_s = mono_s()
-                emissions = engine.step()
-                step_s = mono_s() - started_s
-            elif not self._refused:
-                continue
-            capacity = engine.free()
-            batch = capacity.running + sum(emission.finish != "" for emission in emissions)
-            if self._refused:
-                emissions += self._refused
-                self._refused = []
-            sock.sendall(pack(Stepped(emissions=emissions, capacity=capacity, step_s=step_s, batch=batch)))
+            self._drain(block=self._next() is None)
+            index = self._next()
+            if index is not None:
+                self._last = index
+                self._turn(index)
+
+    def wait(self, seconds: float) -> object:
+        """For engines that wait for the clock; ends early for a command, or when others should have their turn."""
+        alone = sum(engine.busy() for engine in self._engines) <= 1
+        return select.select([self._sock], [], [], seconds if alone else min(seconds, NAP_S))
+
+    def close(self) -> None:
+        for engine in self._engines:
+            engine.close()
+
+    def _next(self) -> int | None:
+        """Whose turn it is: the next in the ring that has something to do or to tell."""
+        count = len(self._engines)
+        for step in range(1, count + 1):
+            index = (self._last + step) % count
+            if self._engines[index].busy() or self._refused[index]:
+                return index
+        return None
+
+    def _turn(self, index: int) -> None:
+        engine = self._engines[index]
+        emissions: list[Emission] = []
+        step_s = 0.0
+        if engine.busy():
+            started_s = mono_s()
+            emissions = engine.step()
+            step_s = mono_s() - started_s
+        capacity = engine.free()
+        batch = capacity.running + sum(emission.finish != "" for emission in emissions)
+        emissions += self._refused[index]
+        self._refused[index] = []
+        self._tell(index, Stepped(emissions=emissions, capacity=capacity, step_s=step_s, batch=batch))
+
+    def _tell(self, index: int, message: FromEngine) -> None:
+        whose = b"" if index == self._told else pack(Member(index))
+        self._told = index
+        self._sock.sendall(whose + pack(message))
 
     def _drain(self, *, block: bool) -> None:
         """Apply every command that has come; when `block`, wait for the first."""
@@ -109,29 +160,29 @@ class Loop:
         match command:
             case Add(id, prompt_ids, generated_ids, emitted_chars, sampling):
                 try:
-                    self._engine.add(id, prompt_ids, generated_ids, emitted_chars, sampling)
+                    self._engines[self._heard].add(id, prompt_ids, generated_ids, emitted_chars, sampling)
                 except ValueError as error:  # a request that this engine cannot serve; the others go on
-                    self._refused.append(Emission(id=id, finish="error", error=str(error)))
+                    self._refused[self._heard].append(Emission(id=id, finish="error", error=str(error)))
             case Abort(id):
-                self._engine.abort(id)
+                self._engines[self._heard].abort(id)
+            case Member(index):
+                self._heard = index
             case Close():
                 raise Ended
 
 
 def serve(spec: ReplicaSpec, sock: socket.socket) -> int:
     """The process's life; returns its exit code. Every failure is told as Failed before the exit."""
-
-    def wait(seconds: float) -> object:
-        return select.select([sock], [], [], seconds)
-
     try:
         _pin(spec)  # before the library counts the processors it may use
-        engine, stages = build(spec, wait)
-        sock.sendall(pack(Ready(description=engine.describe(), stages=stages)))
+        loop = Loop(sock)
+        memory.check(spec)
+        for one in spec.each():
+            loop.host(*build(one, loop.wait))
         try:
-            Loop(engine, sock).run()
+            loop.run()
         except Ended:
-            engine.close()
+            loop.close()
         return 0
     except (BrokenPipeError, ConnectionResetError):
         return 0

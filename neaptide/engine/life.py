@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from neaptide.clock import mono_s
 from neaptide.engine import pipe, serve_http
 from neaptide.engine.child import EngineChild, Started, attach
 from neaptide.engine.log import Log
+from neaptide.engine.pool import Pool
 from neaptide.engine.prompt import Model, load_model
 from neaptide.engine.serve_link import LinkServer
-from neaptide.engine.service import STARTING, Service
+from neaptide.engine.service import STARTING, Service, Shared
 from neaptide.errors import NeaptideError, ProcessError
 from neaptide.link import STALL_S
 from neaptide.specs import ReplicaSpec
@@ -43,11 +45,18 @@ class Replica:
         """`stages`: seconds of each start-up stage so far; more are added."""
         self._spec, self._child = spec, started
         self._log = Log(spec.log_path, replica=spec.id, epoch=spec.epoch)
-        self._service = Service(spec, self._send, self._log, stall_s)
+        shared = Shared()
+        services = [
+            Service(one, partial(self._send, index), self._log, stall_s, shared)
+            for index, one in enumerate(spec.each())
+        ]
+        self._service = Pool(spec, services, shared)
         self._link = LinkServer(self._service, self._log)
         self._stages = stages
         self._engine: EngineChild | None = None
-        self._started: asyncio.Future[pipe.Ready] = asyncio.get_running_loop().create_future()
+        self._told: list[pipe.Ready] = []  # of its models, in order
+        self._heard = self._addressed = 0  # which model's words come, and go: see pipe.Member
+        self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._end: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def run(self, began_s: float) -> int:
@@ -98,22 +107,23 @@ class Replica:
     async def _start(self, began_s: float) -> None:
         """Engine and tokenizer load side by side; ready when both are."""
         self._log.info("starting", engine_pid=self._child.process.pid)
-        model = await asyncio.get_running_loop().run_in_executor(None, self._load_model)
-        told = await self._started
-        self._stages |= told.stages
+        models = await asyncio.get_running_loop().run_in_executor(None, self._load_models)
+        await self._started
+        self._stages |= stages_of(self._told)
         self._stages["ready_s"] = mono_s() - began_s
         if self._service.state == STARTING:
             gc.collect()
             gc.freeze()  # what the start has built lives as long as we do: no collection need look at it again
-            self._service.ready(model, told.description)
+            for service, model, told in zip(self._service.services, models, self._told, strict=True):
+                service.ready(model, told.description)
             self._link.greet()
             self._log.info("ready", stages=self._stages)
 
-    def _load_model(self) -> Model:
+    def _load_models(self) -> list[Model]:
         began_s = mono_s()
-        model = load_model(self._spec.engine, self._spec.source)
+        models = [load_model(one.engine, one.source) for one in self._spec.each()]
         self._stages["tokenizer_s"] = mono_s() - began_s
-        return model
+        return models
 
     def _unexpected(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """A callback of ours raised: a bug. Its connection is lost, the process goes on."""
@@ -130,12 +140,20 @@ class Replica:
     def heard(self, messages: list[pipe.FromEngine]) -> None:
         for message in messages:
             if isinstance(message, pipe.Stepped):
-                self._service.stepped(message)
+                self._service.stepped(self._heard, message)
+            elif isinstance(message, pipe.Member):
+                self._heard = message.index
             elif isinstance(message, pipe.Ready):
-                self._started.set_result(message)
+                self._loaded(message)
             else:
                 self._failed(message)
         self._service.changed()
+
+    def _loaded(self, message: pipe.Ready) -> None:
+        self._told.append(message)
+        self._log.info("loaded", model=message.description.model, stages=message.stages)
+        if len(self._told) == len(self._service.services):
+            self._started.set_result(None)
 
     def gone(self, why: str) -> None:
         """The pipe to the engine has closed."""
@@ -159,9 +177,12 @@ class Replica:
         else:
             self._started.set_exception(error)
 
-    def _send(self, messages: list[pipe.ToEngine]) -> None:
-        if self._engine is not None:
-            self._engine.send_all(messages)
+    def _send(self, index: int, messages: list[pipe.ToEngine]) -> None:
+        if self._engine is None:
+            return
+        whose = [] if index == self._addressed else [pipe.Member(index)]
+        self._addressed = index
+        self._engine.send_all([*whose, *messages])
 
     # ------------------------------------------------------------------------------------------ the end
 
@@ -193,6 +214,14 @@ class Replica:
             await self._serving
         self._service.stop()
         _unlink([self._spec.link_path, self._spec.http_path])
+
+
+def stages_of(told: list[pipe.Ready]) -> dict[str, float]:
+    """Seconds of each stage of the engine's start; of several models, loaded one after the other, the sums."""
+    sums: dict[str, float] = {}
+    for name, seconds in (item for ready in told for item in ready.stages.items()):
+        sums[name] = sums.get(name, 0.0) + seconds
+    return sums
 
 
 def _unlink(paths: list[str]) -> None:

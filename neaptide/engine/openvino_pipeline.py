@@ -79,7 +79,7 @@ def plan(spec: ReplicaSpec) -> Plan:
         # The library's own choice is asked for, so that it is told, and is part of a calibration's key: bf16 with AMX.
         precision=options.precision or ov.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name(),
         max_running=max_running,
-        kv_blocks=_kv_blocks(files, max_running, options.kv_mib),
+        kv_blocks=_kv_blocks(files, max_running, options.kv_mib, max(1, len(spec.members))),
         # The library has one cache for all and no salt to divide it by tenant: `tenant` is served without a cache.
         prefix_cache=spec.prefix_cache == "shared",
         chunk_tokens=options.chunk_tokens or 0,
@@ -213,14 +213,19 @@ def block_bytes(files: ModelDir) -> int:
     return files.layers * files.kv_heads * (keys + values)
 
 
-def _kv_blocks(files: ModelDir, max_running: int, kv_mib: int | None) -> int:
-    """The given MiB, or enough for `max_running` full contexts within a share of free memory. The library touches
-    pages as it uses them, and keeps them."""
+def memory_bytes(planned: Plan) -> int:
+    """What the model takes once all of its KV memory has been used: weights and KV blocks."""
+    return planned.files.weight_bytes + planned.kv_blocks * block_bytes(planned.files)
+
+
+def _kv_blocks(files: ModelDir, max_running: int, kv_mib: int | None, sharers: int) -> int:
+    """The given MiB, or enough for `max_running` full contexts within a share of free memory, which `sharers` models
+    divide. The library touches pages as it uses them, and keeps them."""
     block = block_bytes(files)
     if kv_mib is not None:
         return max(2, (kv_mib << 20) // block)
     wanted = max_running * -(-files.context_tokens // BLOCK_TOKENS)
-    return max(2, min(wanted, available_bytes() // KV_SHARE // block))
+    return max(2, min(wanted, available_bytes() // (KV_SHARE * sharers) // block))
 
 
 def available_bytes() -> int:

@@ -18,6 +18,13 @@ MAX_MESSAGE = 64 << 20
 _LEN = struct.Struct("<I")
 
 
+class Member(msgspec.Struct, tag=20, array_like=True, gc=False):
+    """Of an engine process with several models, both ways: the messages that follow are those of model `index`, in the
+    spec's order, until the next Member. It begins with the first."""
+
+    index: int
+
+
 class Add(msgspec.Struct, tag=1, array_like=True, gc=False):
     id: int
     prompt_ids: list[int]
@@ -59,8 +66,8 @@ class Failed(msgspec.Struct, tag=12, array_like=True):
     fix: str = ""
 
 
-ToEngine = Add | Abort | Close
-FromEngine = Ready | Stepped | Failed
+ToEngine = Add | Abort | Close | Member
+FromEngine = Ready | Stepped | Failed | Member
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine = msgspec.msgpack.Decoder(ToEngine)

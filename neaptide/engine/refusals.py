@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from neaptide.errors import RequestError
 
 AGAIN_S = 1.0  # Retry-After
@@ -55,6 +57,11 @@ def unknown_route(route: str) -> RequestError:
 
 def unknown_model(model: str) -> RequestError:
     return RequestError(404, f"The model '{model[:64]}' does not exist here.", slug="model_not_found", param="model")
+
+
+def no_model(served: Iterable[str]) -> RequestError:
+    names = ", ".join(served)
+    return RequestError(400, f"This replica serves several models ({names}): name one.", slug="no_model", param="model")
 
 
 def internal(error: Exception) -> RequestError:

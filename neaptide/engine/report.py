@@ -6,6 +6,7 @@ Plain lists on the hot path (a bisect and an addition, 0.2 us), rendered at scra
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterable
 from statistics import median
 
 from neaptide.engine.protocol import Description
@@ -110,6 +111,19 @@ class Meters:
         ):
             lines += (f"# TYPE {name} histogram", *histogram.lines(name, labels))
         return "\n".join([*lines, *_cache_config(labels, description)]) + "\n"
+
+
+def joined(texts: Iterable[str]) -> str:
+    """Several models' expositions as one: the lines of a metric must stand together, under one TYPE."""
+    families: dict[str, list[str]] = {}
+    for text in texts:
+        lines: list[str] = []
+        for line in text.splitlines():
+            if line.startswith("# TYPE "):
+                lines = families.setdefault(line, [])
+            else:
+                lines.append(line)
+    return "".join(f"{line}\n" for head, lines in families.items() for line in (head, *lines))
 
 
 def _cache_config(labels: str, description: Description | None) -> list[str]:

@@ -24,8 +24,9 @@ from neaptide import __version__
 from neaptide.clock import mono_s, wall_s
 from neaptide.engine import refusals
 from neaptide.engine.intake import MAX_BODY_BYTES
+from neaptide.engine.pool import Pool
 from neaptide.engine.requests import Job
-from neaptide.engine.service import DEAD, READY, Service
+from neaptide.engine.service import DEAD, READY
 from neaptide.errors import RequestError
 from neaptide.link import CREDIT_BYTES, EndHeader, OpenHeader
 from neaptide.wire import chunks
@@ -66,7 +67,7 @@ class HttpSink:
 class Inference:
     """An ASGI endpoint for one inference route."""
 
-    def __init__(self, service: Service, route: str) -> None:
+    def __init__(self, service: Pool, route: str) -> None:
         self._service, self._route = service, route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -154,7 +155,7 @@ def _start(header: EndHeader | None, sink: HttpSink) -> Message:
 class Pages:
     """What is not inference: health, metrics, models."""
 
-    def __init__(self, service: Service, stages: dict[str, float]) -> None:
+    def __init__(self, service: Pool, stages: dict[str, float]) -> None:
         self._service, self._stages = service, stages
         self._created_s = int(wall_s())
 
@@ -169,14 +170,10 @@ class Pages:
         return _json({"status": state}, 200 if state == READY else 503)
 
     async def metrics(self, request: Request) -> Response:
-        service = self._service
-        text = service.meters.text(service.spec.model, service.load(), service.description)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(self._service.metrics(), media_type="text/plain; version=0.0.4")
 
     async def models(self, request: Request) -> Response:
-        description = self._service.description
-        context = description.context_tokens if description is not None else 0
-        body = chunks.model_list(self._service.spec.model, self._created_s, context)
+        body = chunks.model_list(self._service.contexts(), self._created_s)
         return Response(body, media_type="application/json")
 
     async def version(self, request: Request) -> Response:
@@ -189,13 +186,18 @@ class Pages:
     async def about(self, request: Request) -> Response:
         """What control shows of a replica: its start, what it can do, how busy it is."""
         service = self._service
-        steps = service.meters.steps_told()
         return _json(
-            {"stages": self._stages, "description": service.description, "load": service.load(), "steps": steps}
+            {
+                "stages": self._stages,
+                "description": service.description,
+                "members": service.descriptions(),
+                "load": service.load(),
+                "steps": service.steps(),
+            }
         )
 
 
-def application(service: Service, stages: dict[str, float]) -> Starlette:
+def application(service: Pool, stages: dict[str, float]) -> Starlette:
     """`stages`: seconds of each start-up stage; filled while the replica starts."""
     pages = Pages(service, stages)
     routes: list[BaseRoute] = [

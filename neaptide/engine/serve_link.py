@@ -19,8 +19,9 @@ from neaptide import link
 from neaptide.clock import mono_s
 from neaptide.engine import refusals
 from neaptide.engine.log import Log
+from neaptide.engine.pool import Pool
 from neaptide.engine.requests import Job
-from neaptide.engine.service import READY, Service
+from neaptide.engine.service import READY
 from neaptide.errors import RequestError
 from neaptide.link import EndHeader, Frame, Hello, LinkError, LoadReport, OpenHeader
 from neaptide.wire import chunks
@@ -250,7 +251,7 @@ def is_news(now: LoadReport, told: LoadReport | None) -> bool:
 
 
 class LinkServer:
-    def __init__(self, service: Service, log: Log) -> None:
+    def __init__(self, service: Pool, log: Log) -> None:
         self.service, self.log = service, log
         self.connections: set[LinkConnection] = set()
         self._load_s = 0.0

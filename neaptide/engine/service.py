@@ -35,6 +35,14 @@ CROSSING_S = 0.001  # a request written this long before a step began is in it
 STARTING, READY, DRAINING, DEAD = "starting", "ready", "draining", "dead"
 
 
+class Shared:
+    """What the services of one process have in common: bytes of bodies, what became of requests, the front ends."""
+
+    def __init__(self) -> None:
+        self.held, self.tally = Held(), Tally()
+        self.flushers: list[Callable[[], None]] = []
+
+
 class Service:
     """One engine's requests. `engine_send` writes to the engine; `flush` is called after each batch of changes."""
 
@@ -44,12 +52,13 @@ class Service:
         engine_send: Callable[[list[pipe.ToEngine]], None],
         log: Log,
         stall_s: float = STALL_S,
+        shared: Shared | None = None,
     ) -> None:
+        shared = shared or Shared()
         self.spec, self.state = spec, STARTING
         self.meters = Meters()
-        self.tally = Tally()
+        self.held, self.tally, self.flushers = shared.held, shared.tally, shared.flushers
         self.description: Description | None = None
-        self.flushers: list[Callable[[], None]] = []
         self._emptied = asyncio.Event()
         self._send, self._log, self._stall_s = engine_send, log, stall_s
         self._intake: Intake | None = None
@@ -60,7 +69,6 @@ class Service:
         self._engine: dict[int, Job] = {}  # in the engine, whether anybody still reads or not
         self._fresh: list[Job] = []  # given to the engine, perhaps not yet part of a step
         self._commands: list[pipe.ToEngine] = []
-        self.held = Held()
         self._kv_usage = 0.0
         self._heard_s = mono_s()
         self._tick: asyncio.TimerHandle | None = None
@@ -136,9 +144,7 @@ class Service:
         """Begin a request whose `body` was reserved before; its end comes through `sink`, perhaps before this returns.
         `from_body`: the body decides about streaming, not the header."""
         now = mono_s()
-        job = Job(next(self._ids), opened, sink, len(body), now)
-        self._open[job.id] = job
-        self.tally.running(job)
+        job = self._enter(opened, body, sink, now)
         try:
             intake = self._check_open(opened)
             if len(body) > LONG_BODY_BYTES:
@@ -149,6 +155,18 @@ class Service:
             self._refuse(job, e)
         self._give(now)
         self._arm()
+        return job
+
+    def refuse(self, opened: OpenHeader, body: bytes, sink: Sink, error: RequestError) -> Job:
+        """As `open`, of a request that is known to be none for this replica."""
+        job = self._enter(opened, body, sink, mono_s())
+        self._refuse(job, error)
+        return job
+
+    def _enter(self, opened: OpenHeader, body: bytes, sink: Sink, now: float) -> Job:
+        job = Job(next(self._ids), opened, sink, len(body), now)
+        self._open[job.id] = job
+        self.tally.running(job)
         return job
 
     def abort(self, job: Job) -> None:

@@ -6,7 +6,7 @@ Every builder of a stream returns whole `data: ...\\n\\n` events; the caller joi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -188,9 +188,11 @@ def tokenized(ids: Sequence[int], max_model_len: int) -> bytes:
     return _encode({"count": len(ids), "max_model_len": max_model_len, "tokens": list(ids)})
 
 
-def model_list(model: str, created_s: int, max_model_len: int) -> bytes:
-    entry = {"id": model, "object": "model", "created": created_s, "owned_by": "neaptide"}
-    return _encode({"object": "list", "data": [{**entry, "max_model_len": max_model_len}]})
+def model_list(lengths: Mapping[str, int], created_s: int) -> bytes:
+    """`lengths`: the context of each model, in tokens."""
+    entry = {"object": "model", "created": created_s, "owned_by": "neaptide"}
+    rows = [{"id": model, **entry, "max_model_len": tokens} for model, tokens in lengths.items()]
+    return _encode({"object": "list", "data": rows})
 
 
 # --------------------------------------------------------------------------------------------------------- errors

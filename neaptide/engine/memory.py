@@ -1,0 +1,41 @@
+"""Whether the models of one replica fit beside each other: asked before any of them is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+
+from neaptide.errors import ModelError
+from neaptide.specs import ReplicaSpec
+
+
+def check(spec: ReplicaSpec) -> None:
+    """ModelError E213 where what the members need exceeds the memory there is. A single model takes its share of what
+    is there, and echo needs none."""
+    if not spec.members or spec.engine != "openvino":
+        return
+    if importlib.util.find_spec("openvino_genai") is None:
+        return  # that it is missing is said where it is loaded
+    from neaptide.engine import openvino_pipeline as pipeline
+
+    needs = {one.model: pipeline.memory_bytes(pipeline.plan(one)) for one in spec.each()}
+    fit(spec.model, needs, pipeline.available_bytes())
+
+
+def fit(pool: str, needs: Mapping[str, int], available_bytes: int) -> None:
+    """ModelError where `needs` (bytes by model) add up to more than `available_bytes`."""
+    total = sum(needs.values())
+    if total <= available_bytes:
+        return
+    largest = max(needs, key=lambda model: needs[model])
+    each = ", ".join(f"{model} {_mib(need)}" for model, need in needs.items())
+    raise ModelError(
+        f"the models of pool {pool!r} need {_mib(total)}, and {_mib(available_bytes)} are free",
+        why=f"weights and KV memory together: {each}",
+        fix=f"take {largest} out of pools.{pool}.models, or give models.{largest}.options.kv_mib a smaller value",
+        code="E213",
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):,.0f} MiB"
