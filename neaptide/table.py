@@ -32,7 +32,7 @@ class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str  # "link:PATH" | "http://host:port/base"
     revision: str = ""
     epoch: int = 0
-    state: str = "ready"  # ready | draining
+    state: str = "ready"  # ready | draining: it leaves or stands by, and is given nothing
     token: str = ""  # boot token (link) or API key to send (http); never logged
     remote_model: str = ""  # spliced into the body when the replica knows the model by another id
     max_running: int | None = None  # None = unlimited until adaptive concurrency binds

@@ -16,7 +16,7 @@ Outcome = Literal["ok", "refused", "error", "aborted", "timeout", "lost"]
 # ok: whole answer sent. refused: never dispatched (4xx, 429, 507). error: the replica or we failed it. aborted: the
 # client left. timeout: 504. lost: its gateway died; closed on recovery with the replica's own count.
 Finish = Literal["stop", "length", "abort", "error", "content_filter", "tool_calls"]
-ReplicaState = Literal["starting", "ready", "draining", "dead"]
+ReplicaState = Literal["starting", "ready", "standby", "draining", "dead"]  # standby: loaded, and given no requests
 
 
 class Struct(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -167,6 +167,13 @@ class Event(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str = ""
 
 
+class Standby(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Replicas that the policy let go and that are kept loaded for a while (control/standby.py)."""
+
+    max: int = 0  # at most so many; never more than `scale.max` together with the others
+    rent: float = 0.1  # what one costs, as a share of a replica that serves
+
+
 class Scale(Noun, frozen=True, kw_only=True, forbid_unknown_fields=True):
     min: int = 1
     max: int = -1  # -1: as many as `min`, at least one
@@ -176,6 +183,7 @@ class Scale(Noun, frozen=True, kw_only=True, forbid_unknown_fields=True):
     calendar: tuple[Event, ...] = ()
     price_per_hour: float = 0.0  # of one replica, in the config's currency; 0: not known
     budget_per_hour: float | None = None  # replicas that would cost more are not started
+    standby: Standby = Standby()
 
     def __post_init__(self) -> None:
         if self.max == -1:
@@ -205,6 +213,7 @@ class Replica(Noun, frozen=True, kw_only=True):
     endpoint: str  # "link:PATH" (own, multiplexed) | "http://host:port/base" (anybody's)
     epoch: int = 0  # rises with each start of the same id: fences a stale process
     started_s: float = 0.0
+    parked_s: float = 0.0  # of a standby: since when it is one (monotonic)
     running: int = 0
     waiting: int = 0
     free_kv_tokens: int | None = None
@@ -259,6 +268,14 @@ class Override(Struct, frozen=True, kw_only=True):
     by: str = ""
 
 
+class Reason(Noun, frozen=True):
+    """A cause in facts; control/reasons.json has its words by name, in each language."""
+
+    name: str
+    facts: dict[str, int | float | str] = {}
+    of: str = ""  # the model or replica that a plan's reason is about
+
+
 class Choice(Struct, frozen=True, kw_only=True):
     """Why a model has the count it has, or will have."""
 
@@ -266,13 +283,16 @@ class Choice(Struct, frozen=True, kw_only=True):
     action: Literal["launch", "drain", "hold"]
     before: int  # ready and starting
     after: int
-    sentence: str
+    sentence: str  # in English; other languages are made from the facts below
+    why: tuple[Reason, ...] = ()
     policy: str = ""
     wanted: int = 0  # by the policy, before override and clamps
     clamp: str = ""  # budget | max | min | override: what changed the policy's count
     numbers: dict[str, float] = {}
-    cost_per_hour: float = 0.0  # of `after`; 0 where no price is known
+    cost_per_hour: float = 0.0  # of `after` and the rent of `standby`; 0 where no price is known
     cost_change_per_hour: float = 0.0
+    currency: str = ""
+    standby: int = 0  # that stand by after it
 
 
 class Snapshot(Noun, frozen=True, kw_only=True):
@@ -305,6 +325,9 @@ class Launch(Struct, frozen=True, kw_only=True):
 class Plan(Noun, frozen=True, kw_only=True):
     launches: tuple[Launch, ...] = ()
     drains: tuple[str, ...] = ()  # replica ids
-    reasons: tuple[str, ...] = ()
+    parks: tuple[str, ...] = ()  # ready ones that stand by from now on
+    wakes: tuple[str, ...] = ()  # standbys that serve again
+    reasons: tuple[str, ...] = ()  # in English ...
+    why: tuple[Reason, ...] = ()  # ... and as facts
     choices: tuple[Choice, ...] = ()  # one for each model whose count may change, or does
     stuck: tuple[str, ...] = ()  # of the drains: replicas that never got ready

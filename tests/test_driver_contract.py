@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from neaptide.clock import mono_s
 from neaptide.config import parse
 from neaptide.fleet.driver import Driver
 from neaptide.fleet.local import LocalDriver
@@ -50,6 +51,19 @@ async def local(tmp_path: Path) -> AsyncIterator[LocalDriver]:
 
         await until(ready)
         yield one
+
+
+@asynccontextmanager
+async def local_pair(tmp_path: Path) -> AsyncIterator[tuple[LocalDriver, LocalDriver]]:
+    """One that has a ready replica, and its successor, which has adopted nothing yet."""
+    async with supervised(tmp_path) as (state, _), driver(state) as first, driver(state) as second:
+        await first.launch(LAUNCH, DEPLOYMENT)
+
+        async def ready() -> bool:
+            return await states(first) == {"m-0": "ready"}
+
+        await until(ready)
+        yield first, second
 
 
 @asynccontextmanager
@@ -121,9 +135,27 @@ def test_every_verb_may_be_repeated_and_unknown_ids_are_ignored(make, tmp_path: 
             before = await one.observe()
             await one.launch(Launch(deployment="m", replica=before[0].id, epoch=0), DEPLOYMENT)
             await one.drain("nobody")
+            await one.park("nobody")
+            await one.wake("nobody")
+            await one.wake(before[0].id)  # it does not stand by
             await one.forget("nobody")
             await one.forget(before[0].id)  # it lives: nothing to forget
             assert list(before) == list(await one.observe())
+
+    asyncio.run(story())
+
+
+@drivers
+def test_a_replica_that_was_parked_and_woken_serves_as_before(make, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with make(tmp_path) as one:
+            (before,), rows = await one.observe(), dict(one.rows())
+            await one.park(before.id)
+            await one.park(before.id)
+            assert set(one.rows()) == {before.id}
+            await one.wake(before.id)
+            assert list(await one.observe()) == [before]
+            assert dict(one.rows()) == rows
 
     asyncio.run(story())
 
@@ -178,5 +210,59 @@ def test_a_restarted_control_adopts_the_running_replica_without_touching_it(tmp_
                 await until(ready)
                 assert second.pids() == {"m-0": pid}
                 assert second.rows()["m-0"].revision == "m-r1"
+
+    asyncio.run(story())
+
+
+def test_a_parked_local_replica_lives_and_gateways_are_told_to_give_it_nothing(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with local(tmp_path) as one:
+            before_s, pid = mono_s(), one.pids()["m-0"]
+            await one.park("m-0")
+            (replica,) = await one.observe()
+            assert replica.state == "standby"
+            assert before_s <= replica.parked_s <= mono_s()
+            assert one.rows()["m-0"].state == "draining"
+            assert (one.pids(), alive(pid)) == ({"m-0": pid}, True)
+            await one.launch(LAUNCH, DEPLOYMENT)  # of that id: it exists
+            assert await states(one) == {"m-0": "standby"}
+
+    asyncio.run(story())
+
+
+def test_a_restarted_control_adopts_a_standby_as_one_with_its_clock_and_can_wake_it(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with local_pair(tmp_path) as (first, second):
+            await first.park("m-0")
+            (left,) = await first.observe()
+            await second.adopt()
+            (found,) = await second.observe()
+            assert (found.state, found.parked_s) == ("standby", left.parked_s)
+            await second.wake("m-0")
+            assert (await states(second), second.rows()["m-0"].state) == ({"m-0": "ready"}, "ready")
+
+    asyncio.run(story())
+
+
+def test_a_standby_that_dies_is_told_dead_and_one_that_drains_is_gone(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with local(tmp_path) as one:
+            await one.launch(Launch(deployment="m", replica="m-1", epoch=0), DEPLOYMENT)
+
+            async def both() -> bool:
+                return await states(one) == {"m-0": "ready", "m-1": "ready"}
+
+            await until(both)
+            await one.park("m-0")
+            await one.park("m-1")
+            os.kill(one.pids()["m-0"], signal.SIGKILL)
+            await one.drain("m-1")
+
+            async def ended() -> bool:
+                return await states(one) == {"m-0": "dead"}
+
+            await until(ended)
+            await one.wake("m-0")
+            assert not one.rows()
 
     asyncio.run(story())

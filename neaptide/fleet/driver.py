@@ -1,4 +1,4 @@
-"""What a fleet is to control: a list of replicas and three verbs, all repeatable after a crash.
+"""What a fleet is to control: a list of replicas and five verbs, all repeatable after a crash.
 
 One contract suite (tests/test_driver_contract.py) holds for every driver.
 """
@@ -22,6 +22,13 @@ class Driver(Protocol):
     async def drain(self, id: str) -> None:
         """Let it finish what runs, for as long as its deployment's `drain_s`, and end; unknown ids are ignored. Returns
         at once."""
+
+    async def park(self, id: str) -> None:
+        """A ready replica stands by from now on: it finishes what runs and is given no requests. Any other is left
+        alone."""
+
+    async def wake(self, id: str) -> None:
+        """A standby serves again. Any other is left alone."""
 
     async def forget(self, id: str) -> None:
         """Its death has been taken note of."""

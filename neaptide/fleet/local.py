@@ -19,12 +19,14 @@ from neaptide.fleet.probe import get
 from neaptide.fleet.process import ChildSpec, ChildStatus
 from neaptide.fleet.rpc import Client
 from neaptide.fleet.state import StateDir
+from neaptide.fleet.supervisor import Note
 from neaptide.link import LoadReport
 from neaptide.specs import ReplicaSpec
 from neaptide.table import ReplicaRow
 from neaptide.types import Deployment, Launch, Replica, ReplicaState, Steps
 
 MODULE = "neaptide.engine.replica"
+PARKED = "parked_s"  # the fact that the supervisor keeps with a standby
 PROBE_STARTING_S = 0.05
 PROBE_READY_S = 2.0
 CUT_S = 5.0  # beyond drain_s, for a replica to cut off what still runs
@@ -56,7 +58,7 @@ class Watched:
 
     def __init__(self, status: ChildStatus) -> None:
         self.status = status
-        self.state: ReplicaState = "starting"
+        self.state: ReplicaState = "standby" if status.opaque.get(PARKED) else "starting"
         self.ready_s = 0.0  # from process start to ready
         self.about = About()
         self.error = ""
@@ -131,13 +133,25 @@ class LocalDriver:
         self._drains.add(task)
         task.add_done_callback(self._drains.discard)
 
+    async def park(self, id: str) -> None:
+        """The fact goes before the state: a control that dies between leaves a standby to its successor."""
+        w = self._watched.get(id)
+        if w is not None and w.state == "ready" and await self._note(w, {**w.status.opaque, PARKED: str(mono_s())}):
+            w.state = "standby" if w.state == "ready" else w.state  # it may have died meanwhile
+
+    async def wake(self, id: str) -> None:
+        w = self._watched.get(id)
+        facts = {k: v for k, v in w.status.opaque.items() if k != PARKED} if w is not None else {}
+        if w is not None and w.state == "standby" and await self._note(w, facts):
+            w.state = "ready" if w.state == "standby" else w.state
+
     async def forget(self, id: str) -> None:
         watched = self._watched.get(id)
         if watched is not None and watched.state == "dead":
             del self._watched[id]
 
     def rows(self) -> Mapping[str, ReplicaRow]:
-        return {w.id: self._row(w) for w in self._watched.values() if w.state in ("ready", "draining")}
+        return {w.id: self._row(w) for w in self._watched.values() if w.state in ("ready", "standby", "draining")}
 
     def about(self, id: str) -> About:
         """What the replica told of itself last; empty for one that is not known."""
@@ -170,12 +184,12 @@ class LocalDriver:
 
     async def _keep_probing(self, w: Watched) -> None:
         path = self.http_path(w.id)
-        while w.state in ("starting", "ready"):
+        while w.state in ("starting", "ready", "standby"):
             target = "/health/ready" if w.state == "starting" else "/health"
             status, _ = await get(path, target)
             if w.state == "starting" and status == 200:
                 await self._became_ready(w, path)
-            elif w.state == "ready":
+            elif w.state in ("ready", "standby"):
                 w.silent = 0 if status == 200 else w.silent + 1
                 await self._ask_about(w, path)
                 if w.silent >= SILENT_PROBES:
@@ -196,6 +210,15 @@ class LocalDriver:
             with contextlib.suppress(ValueError):
                 w.about = msgspec.json.decode(body, type=About)
 
+    async def _note(self, w: Watched, facts: dict[str, str]) -> bool:
+        """Whether the supervisor keeps these facts with it now; if it could not be asked the next tick asks again."""
+        body = Note(id=w.id, epoch=w.status.epoch, opaque=facts)
+        with contextlib.suppress(NeaptideError):
+            if await self._supervisor.call("note", body) == b"true":
+                w.status = msgspec.structs.replace(w.status, opaque=facts)
+                return True
+        return False
+
     async def _kill(self, w: Watched) -> None:
         with contextlib.suppress(NeaptideError):
             body = {"id": w.id, "epoch": w.status.epoch, "kill": True}
@@ -215,7 +238,7 @@ class LocalDriver:
             endpoint=f"link:{self.link_path(w.id)}",
             revision=w.status.opaque.get("revision", ""),
             epoch=w.status.epoch,
-            state="ready" if w.state == "ready" else "draining",
+            state="ready" if w.state == "ready" else "draining",  # a standby keeps its link and is given nothing
             token=self._token,
         )
 
@@ -228,6 +251,7 @@ class LocalDriver:
             endpoint=f"link:{self.link_path(w.id)}",
             epoch=w.status.epoch,
             started_s=w.status.started_mono_s,
+            parked_s=float(w.status.opaque.get(PARKED, 0.0)),
             running=w.about.load.running if w.about.load else 0,
             waiting=w.about.load.waiting if w.about.load else 0,
             free_kv_tokens=w.about.load.free_kv_tokens if w.about.load else None,

@@ -33,6 +33,12 @@ class StaticDriver:
     async def drain(self, id: str) -> None:
         """Nothing to stop; `configure` without it takes it out of the table."""
 
+    async def park(self, id: str) -> None:
+        """It takes requests for as long as it is configured."""
+
+    async def wake(self, id: str) -> None:
+        """It never stands by."""
+
     async def forget(self, id: str) -> None:
         """It does not die here."""
 

@@ -34,6 +34,14 @@ class Stop(msgspec.Struct):
     kill: bool = False
 
 
+class Note(msgspec.Struct):
+    """New facts in place of those that control keeps with a replica."""
+
+    id: str
+    epoch: int
+    opaque: dict[str, str]
+
+
 class Report(msgspec.Struct):
     """From control, for whoever waits on `up`: a stage that was reached, or why it cannot be."""
 
@@ -150,6 +158,8 @@ class Supervisor:
                 return self._spawn(msgspec.json.decode(body, type=ChildSpec))
             case "stop":
                 return await self._stop(msgspec.json.decode(body, type=Stop))
+            case "note":
+                return self._note(msgspec.json.decode(body, type=Note))
             case "report":
                 return self._on_report(msgspec.json.decode(body, type=Report))
             case "down":
@@ -168,8 +178,8 @@ class Supervisor:
 
     async def _stop(self, stop: Stop) -> bool:
         """True when that very process (id and epoch) was running and has ended."""
-        child = self._children.get(stop.id)
-        if child is None or child.spec.epoch != stop.epoch or child.spec.kind != "replica":
+        child = self._replica(stop.id, stop.epoch)
+        if child is None:
             return False
         if stop.kill:
             child.signal(signal.SIGKILL)
@@ -178,6 +188,17 @@ class Supervisor:
         else:
             await child.end(stop.grace_s)
         return True
+
+    def _note(self, note: Note) -> bool:
+        """True when that very process runs; it is listed with these facts from now on."""
+        child = self._replica(note.id, note.epoch)
+        if child is not None:
+            child.spec = msgspec.structs.replace(child.spec, opaque=note.opaque)
+        return child is not None
+
+    def _replica(self, id: str, epoch: int) -> Child | None:
+        child = self._children.get(id)
+        return child if child is not None and (child.spec.kind, child.spec.epoch) == ("replica", epoch) else None
 
     def pids(self) -> dict[str, list[int]]:
         """What `up --json` prints."""
