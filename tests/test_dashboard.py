@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from neaptide.clock import VirtualClock
+from neaptide.control.reasons import reason
 from neaptide.dashboard.app import MAX_PAGES
 from neaptide.dashboard.pages import UI
 from neaptide.dashboard.sessions import MAX_SESSIONS, MAX_TICKETS, SESSION_S, TICKET_S, Sessions, matches
@@ -334,12 +335,18 @@ def test_a_decision_comes_as_a_flag_with_its_sentence(here: Site) -> None:
     connection, response = here.open("GET", "/ui/live", browser)
     stream = events(response)
     next(stream)
-    choice = Choice(model="m", action="launch", before=1, after=2, sentence="m: 1 to 2 replicas", cost_per_hour=7.2)
+    choice = Choice(
+        model="m", action="launch", before=1, after=2, sentence="", why=(reason("set", n=2),), currency="CNY",
+        numbers={"capacity_rps": 4.0}, cost_per_hour=7.2, cost_change_per_hour=3.6,
+    )  # fmt: skip
     here.beat(look(1, plan=Plan(choices=(choice,))))
     told = dict([next(stream), next(stream)])
     connection.close()
     (flag,) = told["flags"]
-    assert flag["sentences"] == ["m: 1 to 2 replicas"]
+    assert flag["sentences"] == {
+        "en": ["m: 1 to 2 replicas: set to 2, one replica serves 4.0; +¥3.60/h"],
+        "zh": ["m：副本由 1 个增至 2 个：手动设为 2 个；单副本每秒可处理 4.0 个请求；每小时多花 ¥3.60"],
+    }
     assert (flag["before"], flag["after"], flag["cost_per_hour"]) == (1, 2, 7.2)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neaptide.control.port import UsageRow
+from neaptide.control.reasons import reason
 from neaptide.dashboard.feed import BEHIND, Feed
 from neaptide.dashboard.flags import KEPT, Flags, model_of
 from neaptide.dashboard.history import ALL, MINUTES, SECONDS, History
@@ -225,10 +226,19 @@ def test_plans_without_choices_are_read_by_their_reasons() -> None:
     plan = Plan(
         launches=(Launch(deployment="m", replica="m-0", epoch=0),),
         drains=("old-3",),
-        reasons=("m: start m-0, 0 of 1 are there", "old-3: drain, old is no longer configured", "n: hold, 1 missing"),
+        why=(
+            reason("start", of="m", ids="m-0", there=0, want=1, revision="r"),
+            reason("gone", of="old-3", model="old"),
+            reason("pause", of="n", missing=1, wait_s=0.5, deaths=1),
+        ),
     )
-    told = {f.model: (f.action, f.replicas) for f in Flags().note(1.0, plan)}
+    flags = Flags().note(1.0, plan)
+    told = {f.model: (f.action, f.replicas) for f in flags}
     assert told == {"m": ("launch", ("m-0",)), "old": ("drain", ("old-3",)), "n": ("hold", ())}
+    assert flags[1].sentences == {
+        "en": ("old-3: drain, old is no longer configured",),
+        "zh": ("old-3：退出：old 已不在配置中",),
+    }
 
 
 def test_flags_are_bounded_and_numbered() -> None:

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from neaptide.control.decide import decide
 from neaptide.control.memory import Memory, pack, state_of, unpack
+from neaptide.control.reasons import LANGUAGES, phrase, sentence
 from neaptide.control.size import Case, Fleet, Sized, key_of, policy_of, size
 from neaptide.types import (
     Carry,
+    Choice,
     Deployment,
     Event,
     Load,
@@ -55,7 +57,7 @@ class Story:
 
     @property
     def why(self) -> str:
-        return self.sized.asked.why
+        return phrase(self.sized.asked.why)
 
 
 def test_fixed_keeps_min() -> None:
@@ -165,7 +167,7 @@ def test_the_budget_bounds_max_bounds_and_min_stands_above_both() -> None:
 
     rich = ask(min=1, max=8, price_per_hour=3.2, budget_per_hour=16.0)
     assert (rich.wanted, rich.asked.clamp) == (5, "budget")
-    assert "the budget of 16 an hour pays for 5" in rich.asked.why
+    assert "the budget of 16 an hour pays for 5" in phrase(rich.asked.why)
     assert ask(min=1, max=4, price_per_hour=3.2, budget_per_hour=16.0).wanted == 4
     poor = ask(min=2, max=4, price_per_hour=3.2, budget_per_hour=3.2)
     assert (poor.wanted, poor.asked.clamp) == (2, "min")
@@ -304,6 +306,9 @@ def test_decide_is_a_function_and_changes_nothing_it_is_given(scale: Scale, stor
             assert scale.min <= after.wanted["m"] <= scale.max
             (choice,) = plan.choices
             assert choice.sentence.startswith("m: ")
+            kept = msgspec.json.decode(msgspec.json.encode(choice), type=Choice)
+            assert choice.sentence == sentence(choice) == sentence(kept)
+            assert all(sentence(choice, language) for language in LANGUAGES)
             assert (choice.after - choice.before) * 1.5 == choice.cost_change_per_hour
         else:
             assert after == Carry() or after.failures

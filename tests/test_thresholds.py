@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from neaptide.control.policy import State
+from neaptide.control.reasons import phrase
 from neaptide.control.thresholds import SeenLive, Thresholds
 from neaptide.types import Load, Rule
 
@@ -123,6 +124,6 @@ def test_it_tells_what_would_have_to_happen() -> None:
         now_s=2.0, tick_s=1.0, arrivals=np.zeros(1), in_flight=np.zeros(1), waiting=np.zeros(1), ready=np.ones(1),
         starting=np.zeros(1), capacity_rps=1.0, slots=4.0, cold_start_s=5.0,
     )  # fmt: skip
-    said = story.policy.explain(seen, story.state)
+    said = phrase(story.policy.explain(seen, story.state))
     assert "adds 2 once in_flight a replica is over 4 for 3 s (2.00 now)" in said
     assert "ttft_s is over 1 (not told)" in said

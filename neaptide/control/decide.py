@@ -12,9 +12,10 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from neaptide.control.reasons import choice
+from neaptide.control.choices import choice
+from neaptide.control.reasons import reason, words
 from neaptide.control.size import Case, Fleet, Sized, size
-from neaptide.types import Carry, Choice, Deployment, Launch, Plan, Replica, Snapshot, Traits
+from neaptide.types import Carry, Choice, Deployment, Launch, Plan, Reason, Replica, Snapshot, Traits
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
@@ -37,11 +38,13 @@ def decide(snapshot: Snapshot, carry: Carry) -> tuple[Plan, Carry]:
             sized = size(_case(deployment, fleet, snapshot, carry), carry.policies.get(deployment.model))
             policies[deployment.model], wanted[deployment.model] = sized.memory, sized.wanted
         steps.append(_step(deployment, mine, sized, fleet, stuck, taken, carry, snapshot))
-    gone, why = _unknown(snapshot)
+    gone, unknown = _unknown(snapshot)
+    why = (*(x for s in steps for x in s.why), *unknown)
     plan = Plan(
         launches=tuple(x for s in steps for x in s.launches),
         drains=(*(x for s in steps for x in s.drains), *gone),
-        reasons=(*(x for s in steps for x in s.reasons), *why),
+        reasons=tuple(map(words, why)),
+        why=why,
         choices=tuple(s.choice for s in steps if s.choice is not None),
         stuck=tuple(x for s in steps for x in s.stuck),
     )
@@ -74,7 +77,7 @@ class Step(NamedTuple):
 
     launches: list[Launch]
     drains: list[str]
-    reasons: list[str]
+    why: list[Reason]
     stuck: list[str]
     choice: Choice | None
 
@@ -95,9 +98,9 @@ def _step(
     said = None
     if sized is not None or launches or drains:
         asked = sized.asked if sized else None
-        wait = why[0] if why and not launches else ""
+        wait = why[0] if why and not launches else None
         said = choice(_case(deployment, fleet, snapshot, carry), asked, bool(launches), bool(drains), wait, snapshot)
-    never = [f"{id}: stop, it never got ready and counts as dead" for id in sorted(stuck)]
+    never = [reason("stuck", of=id) for id in sorted(stuck)]
     return Step(launches, [*sorted(stuck), *drains], [*never, *why, *why_drain], sorted(stuck), said)
 
 
@@ -124,10 +127,10 @@ def _fleet(deployment: Deployment, mine: list[Replica], carry: Carry) -> Fleet:
     return Fleet(ready, present - ready)
 
 
-def _unknown(snapshot: Snapshot) -> tuple[list[str], list[str]]:
+def _unknown(snapshot: Snapshot) -> tuple[list[str], list[Reason]]:
     known = {d.model for d in snapshot.deployments}
     gone = [r for r in snapshot.replicas if r.deployment not in known and r.state in ("starting", "ready")]
-    return [r.id for r in gone], [f"{r.id}: drain, {r.deployment} is no longer configured" for r in gone]
+    return [r.id for r in gone], [reason("gone", of=r.id, model=r.deployment) for r in gone]
 
 
 def _remember(snapshot: Snapshot, carry: Carry) -> Carry:
@@ -157,7 +160,7 @@ def _steady(replicas: Iterable[Replica], now_s: float) -> bool:
 
 def _launches(
     deployment: Deployment, want: int, mine: list[Replica], taken: set[str], carry: Carry, now_s: float
-) -> tuple[list[Launch], list[str]]:
+) -> tuple[list[Launch], list[Reason]]:
     name, revision = deployment.model, deployment.stable.id
     alive = [r for r in mine if r.revision == revision and r.state in ("starting", "ready")]
     missing = want - len(alive)
@@ -166,10 +169,10 @@ def _launches(
     wait_s = carry.not_before_s.get(name, -math.inf) - now_s
     if wait_s > 0:
         deaths = carry.failures.get(name, 0)
-        return [], [f"{name}: hold, {missing} missing, next start in {wait_s:.1f} s after {deaths} deaths in a row"]
+        return [], [reason("pause", of=name, missing=missing, wait_s=wait_s, deaths=deaths)]
     launches = [Launch(deployment=name, replica=_free_id(name, taken), epoch=0) for _ in range(missing)]
     ids = ", ".join(x.replica for x in launches)
-    return launches, [f"{name}: start {ids}, {len(alive)} of {want} of revision {revision} are there"]
+    return launches, [reason("start", of=name, ids=ids, there=len(alive), want=want, revision=revision)]
 
 
 def _free_id(name: str, taken: set[str]) -> str:
@@ -182,22 +185,22 @@ def _free_id(name: str, taken: set[str]) -> str:
     return f"{safe}-{n}"
 
 
-def _drains(deployment: Deployment, want: int, mine: list[Replica]) -> tuple[list[str], list[str]]:
+def _drains(deployment: Deployment, want: int, mine: list[Replica]) -> tuple[list[str], list[Reason]]:
     revision = deployment.stable.id
     ready = [r for r in mine if r.revision == revision and r.state == "ready"]
     old = [r for r in mine if r.revision != revision and r.state in ("starting", "ready")]
     out: list[str] = []
-    reasons: list[str] = []
+    why: list[Reason] = []
     if len(ready) >= want:
         out += [r.id for r in old]
-        reasons += [f"{r.id}: drain, revision {revision} has its {want} replicas ready" for r in old]
+        why += [reason("replaced", of=r.id, revision=revision, want=want) for r in old]
     elif old:
-        reasons.append(f"{deployment.model}: hold {len(old)} of an old revision until {want} of {revision} are ready")
+        why.append(reason("surge", of=deployment.model, old=len(old), want=want, revision=revision))
     alive = [r for r in mine if r.revision == revision and r.state in ("starting", "ready")]
     for r in _least_busy_first(alive)[: max(0, len(alive) - want)]:
         out.append(r.id)
-        reasons.append(f"{r.id}: drain, {len(alive)} replicas, {want} wanted")
-    return out, reasons
+        why.append(reason("spare", of=r.id, there=len(alive), want=want))
+    return out, why
 
 
 def _least_busy_first(replicas: list[Replica]) -> list[Replica]:

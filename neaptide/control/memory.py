@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from neaptide.control.policy import State
+from neaptide.types import Reason
 
 VERSION = 1
 
@@ -25,7 +26,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     version: int = VERSION
     next_s: float = -math.inf  # when it decides again
     wanted: int | None = None  # what it wanted last
-    why: str = ""  # ... and the words for it
+    reasons: tuple[Reason, ...] = ()  # ... and why
     expected: float = math.nan  # requests/s a cold start from then, where it forecasts
     busy_s: float = -math.inf  # when something came, waited or ran last
     usual: float = 0.0  # replicas that it has wanted on average outside of the calendar's events

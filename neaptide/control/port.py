@@ -205,7 +205,8 @@ class ScaleRow(Answer, frozen=True):
     starts: int = 0  # that were measured
     override: Override | None = None
     clamp: str = ""  # budget | max | min | override: what stands above the policy
-    sentence: str = ""
+    sentence: str = ""  # in English
+    choice: Choice | None = None  # the same as facts
     cost_per_hour: float | None = None  # of what is there; None: no price is known
 
 

@@ -1,35 +1,50 @@
-"""Why a model has the count it has, as a sentence with numbers and money: what `scale why` and the dashboard show."""
+"""Why a model has the count it has: reasons as facts, and the sentences that say them in English and Chinese.
+
+Plans, choices and the decision journal hold facts (types.Reason: a name and its numbers); words are made here, when
+somebody reads. To tell of something new, write it under a name in reasons.json, in both languages with the same
+placeholders, and add reason(NAME, ...) where it is decided. NAME.one is said instead where n is 1. Reasons of one
+choice follow each other: a text that brings no comma, bracket or space of its own is set off by a semicolon.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 import math
-from typing import Literal
+from collections.abc import Sequence
+from pathlib import Path
 
-from neaptide.control.size import Asked, Case, policy_name
-from neaptide.types import Choice, Snapshot
+from neaptide.types import Choice, Reason
 
+LANGUAGES = ("en", "zh")
 SIGNS = {"CNY": "¥", "USD": "$", "EUR": "€", "GBP": "£", "JPY": "¥"}
-Action = Literal["launch", "drain", "hold"]
 
 
-def choice(case: Case, asked: Asked | None, launches: bool, drains: bool, wait: str, snapshot: Snapshot) -> Choice:
-    """`asked`: None where the bounds are equal; `wait`: why what is missing is not started yet."""
-    scale, before = case.scale, case.fleet.present
-    after = asked.replicas if asked else scale.min
-    action: Action = "launch" if launches and after > before else "drain" if drains and after < before else "hold"
-    return Choice(
-        model=case.deployment.model,
-        action=action,
-        before=before,
-        after=after,
-        sentence=_sentence(case, asked, action, wait, snapshot.currency),
-        policy=policy_name(scale),
-        wanted=asked.policy if asked else after,
-        clamp=asked.clamp if asked else "",
-        numbers=_numbers(case, asked),
-        cost_per_hour=round(after * scale.price_per_hour, 9),
-        cost_change_per_hour=round((after - before) * scale.price_per_hour, 9),
-    )
+def reason(name: str, of: str = "", **facts: int | float | str) -> Reason:
+    """Facts are finite; fractions are kept to a millionth. `of`: the model or replica that a plan's reason is about."""
+    return Reason(name, {k: round(float(v), 6) if isinstance(v, float) else v for k, v in facts.items()}, of)
+
+
+def words(why: Reason, language: str = "en") -> str:
+    """One reason; KeyError for a name of another release."""
+    said = _text(why.name, language, **why.facts)
+    return _text("about", language, of=why.of, said=said) if why.of else said
+
+
+def phrase(why: Sequence[Reason], language: str = "en") -> str:
+    """Several, as one phrase; KeyError as `words`."""
+    said = ""
+    for text in (words(one, language) for one in why):
+        said += _text("joint", language) + text if said and text[0].isalnum() else text
+    return said
+
+
+def sentence(choice: Choice, language: str = "en") -> str:
+    """The choice in words. One of an older journal, or with a reason of another release, says its English sentence."""
+    try:
+        return _sentence(choice, language) if choice.why else choice.sentence
+    except KeyError:
+        return choice.sentence
 
 
 def price(amount: float, currency: str) -> str:
@@ -39,44 +54,30 @@ def price(amount: float, currency: str) -> str:
     return f"{sign}{amount:,.{digits}f}"
 
 
-def _sentence(case: Case, asked: Asked | None, action: Action, wait: str, currency: str) -> str:
-    model, before = case.deployment.model, case.fleet.present
-    after = asked.replicas if asked else case.scale.min
-    why = asked.why if asked else f"min and max are {after}"
-    if before == after:
-        stay = "replica stays" if after == 1 else "replicas stay"
-        return f"{model}: {after} {stay}: {why}{_cost(case, after, currency)}"
-    if wait:
-        why = f"{why}; {wait.partition(': ')[2]}"
-    replicas = "replica" if after == 1 else "replicas"
-    served = case.traits.slots / case.traits.service_s
-    change = after - before
-    money = case.scale.price_per_hour * abs(change)
-    cost = f"; {'+' if change > 0 else '-'}{price(money, currency)}/h" if money else ""
-    return f"{model}: {before} to {after} {replicas}: {why}, one replica serves {served:.1f}{cost}"
+def _sentence(choice: Choice, language: str) -> str:
+    before, after = choice.before, choice.after
+    name = "stay" if before == after else "grow" if after > before else "shrink"
+    facts = {"model": choice.model, "before": before, "n": after, "serves": choice.numbers["capacity_rps"]}
+    return _text(name, language, **facts, why=phrase(choice.why, language), money=_money(choice, language))
 
 
-def _cost(case: Case, count: int, currency: str) -> str:
-    money = case.scale.price_per_hour * count
-    return f"; {price(money, currency)}/h" if money else ""
+def _money(choice: Choice, language: str) -> str:
+    """Of what stays, or of the change; "" where no price is known."""
+    stays = choice.before == choice.after
+    amount = choice.cost_per_hour if stays else choice.cost_change_per_hour
+    if not amount:
+        return ""
+    name = "cost" if stays else "cost.more" if amount > 0 else "cost.less"
+    return _text(name, language, price=price(abs(amount), choice.currency))
 
 
-def _numbers(case: Case, asked: Asked | None) -> dict[str, float]:
-    """What was known, finite numbers only: what nobody told is missing."""
-    load, traits = case.load, case.traits
-    numbers = {
-        "ready": float(case.fleet.ready),
-        "starting": float(case.fleet.starting),
-        "slots": traits.slots,
-        "service_s": traits.service_s,
-        "cold_start_s": traits.cold_start_s,
-        "capacity_rps": traits.slots / traits.service_s,
-    }
-    if asked is not None:
-        numbers["expected_per_s"] = asked.expected
-    if load is not None:
-        if load.tick_s > 0:
-            numbers["arrivals_per_s"] = load.arrivals / load.tick_s
-        for name in ("waiting", "running", "oldest_wait_s", "ttft_s", "tpot_s", "kv_usage", "age_s"):
-            numbers[name] = float(getattr(load, name))
-    return {k: round(v, 6) for k, v in numbers.items() if math.isfinite(v)}
+@functools.cache
+def _catalogue() -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+    return found
+
+
+def _text(name: str, language: str, **values: int | float | str) -> str:
+    texts = _catalogue()
+    found = texts.get(f"{name}.one") if values.get("n") == 1 else None
+    return (found or texts[name])[language].format(**values)

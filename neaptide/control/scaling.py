@@ -173,6 +173,7 @@ class Scaling:
             override=self._overrides.get(d.model),
             clamp=choice.clamp if choice else "",
             sentence=choice.sentence if choice else "",
+            choice=choice,
             cost_per_hour=round((ready + starting) * price, 9) if price else None,
         )
 

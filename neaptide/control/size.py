@@ -1,4 +1,4 @@
-"""How many replicas a model should have: its policy, then what a person set, then the bounds; and why, in words.
+"""How many replicas a model should have: its policy, then what a person set, then the bounds; and why, as facts.
 
     asked     the policy's count at each beat; the last one between beats; what is there while signals are stale
     awake     at zero, anything that waits is one replica at once; to zero only after as much idle time as a start costs
@@ -23,9 +23,10 @@ from neaptide.control.forecast import Expected
 from neaptide.control.memory import Memory, pack, state_of, unpack
 from neaptide.control.peers.table import PEERS
 from neaptide.control.policy import Policy, State
+from neaptide.control.reasons import reason
 from neaptide.control.slo import HELD, Slo
 from neaptide.control.thresholds import SeenLive, Thresholds
-from neaptide.types import Deployment, Load, Override, Scale, Traits
+from neaptide.types import Deployment, Load, Override, Reason, Scale, Traits
 
 TICK_S = 1.0  # the loop's beat: what a policy is told a tick is
 BEAT_S = 0.9  # signals that cover less are of a tick between two beats
@@ -66,7 +67,7 @@ class Asked(NamedTuple):
     """A count and its reason on the way to the end; `policy`: what the policy itself wanted."""
 
     replicas: int
-    why: str
+    why: tuple[Reason, ...]
     policy: int
     clamp: str = ""
     expected: float = math.nan  # requests/s, a cold start from now
@@ -135,15 +136,14 @@ def _asked(case: Case, policy: Policy | None, memory: Memory) -> tuple[Asked, Me
     load = case.load
     held = case.last if case.last is not None else max(case.fleet.present, case.scale.min)
     if load is None or is_stale(load):
-        why = _stale_words(load)
-        return Asked(held, why, held), memory, pack(memory)
+        return Asked(held, (_stale(load),), held), memory, pack(memory)
     if policy is None:
-        asked = Asked(case.scale.min, f"{case.scale.policy} keeps min", case.scale.min)
+        asked = Asked(case.scale.min, (reason("keeps", policy=case.scale.policy),), case.scale.min)
         return asked, memory, pack(memory)
     if load.tick_s < BEAT_S:
         known = case.last is not None and memory.wanted is not None
         count = memory.wanted if known and memory.wanted is not None else held
-        why = memory.why or f"{case.scale.policy} decides in a moment"
+        why = memory.reasons or (reason("soon", policy=case.scale.policy),)
         return Asked(count, why, count, expected=memory.expected), memory, pack(memory)
     return _stepped(case, policy, memory, load)
 
@@ -159,8 +159,8 @@ def _stepped(case: Case, policy: Policy, memory: Memory, load: Load) -> tuple[As
         memory = replace(memory, next_s=case.now_s + policy.every_s - TICK_S / 2, wanted=count)
     memory = _usual(case, memory, count, load)
     expected = _expected(seen, state)
-    memory = replace(memory, why=_policy_words(case, policy, seen, state, count), expected=expected)
-    return Asked(count, memory.why, count, expected=expected), memory, pack(memory, state)
+    memory = replace(memory, reasons=_policy_reasons(case, policy, seen, state, count), expected=expected)
+    return Asked(count, memory.reasons, count, expected=expected), memory, pack(memory, state)
 
 
 def seen_of(case: Case, load: Load) -> SeenLive:
@@ -204,21 +204,16 @@ def _awake(case: Case, policy: Policy | None, memory: Memory, asked: Asked) -> A
     if load is None or case.scale.min > 0:
         return asked
     if load.waiting and not case.fleet.present:
-        return asked._replace(
-            replicas=max(asked.replicas, 1), why=f"{_requests(load.waiting)} waiting and no replica there or starting"
-        )
+        return asked._replace(replicas=max(asked.replicas, 1), why=(reason("waits", n=load.waiting),))
     idle_s, never = case.now_s - memory.busy_s, never_zero(policy)
     after_s = max(IDLE_S, IDLE_STARTS * case.traits.cold_start_s) if never else case.traits.cold_start_s
     if not case.fleet.present:
         count = 0 if never else asked.replicas
-        return asked._replace(replicas=count, why=asked.why if count else "nothing waits; a request would start one")
+        return asked._replace(replicas=count, why=asked.why if count else (reason("nothing"),))
     if idle_s > after_s and (never or asked.replicas == 0):
-        return asked._replace(
-            replicas=0, why=f"nothing came for {idle_s:.1f} s; idle ones are kept for {after_s:.1f} s"
-        )
+        return asked._replace(replicas=0, why=(reason("idle.over", idle_s=idle_s, kept_s=after_s),))
     if asked.replicas == 0:
-        why = f"idle for {idle_s:.1f} s; goes to 0 after {after_s:.1f} s, which a start is worth"
-        return asked._replace(replicas=1, why=why)
+        return asked._replace(replicas=1, why=(reason("idle", idle_s=idle_s, kept_s=after_s),))
     return asked
 
 
@@ -235,9 +230,8 @@ def _calendar(case: Case, memory: Memory, asked: Asked) -> Asked:
     floor = math.ceil(memory.usual * factor - 1e-9)
     if not names or floor <= asked.replicas:
         return asked
-    return asked._replace(
-        replicas=floor, why=f"the calendar expects {factor:g} times the usual {memory.usual:.1f} ({names})"
-    )
+    why = reason("calendar", factor=factor, usual=memory.usual, events=names)
+    return asked._replace(replicas=floor, why=(why,))
 
 
 def _events(case: Case) -> tuple[str, float]:
@@ -254,50 +248,45 @@ def _events(case: Case) -> tuple[str, float]:
 
 
 def _overridden(override: Override, asked: Asked) -> Asked:
-    by = f" by {override.by}" if override.by else ""
-    return asked._replace(replicas=override.count, why=f"set to {override.count}{by}", clamp="override")
+    n, by = override.count, override.by
+    why = reason("set.by", n=n, by=by) if by else reason("set", n=n)
+    return asked._replace(replicas=n, why=(why,), clamp="override")
 
 
 def _clamped(scale: Scale, asked: Asked) -> Asked:
     if scale.budget_per_hour is not None and scale.price_per_hour > 0:
         paid = int(scale.budget_per_hour / scale.price_per_hour + 1e-9)
-        asked = _bounded(
-            asked,
-            min(asked.replicas, paid),
-            "budget",
-            f"the budget of {scale.budget_per_hour:g} an hour pays for {paid}",
-        )
-    asked = _bounded(asked, min(asked.replicas, scale.max), "max", f"max is {scale.max}")
-    return _bounded(asked, max(asked.replicas, scale.min), "min", f"min is {scale.min}")
+        asked = _bounded(asked, min(asked.replicas, paid), "budget", n=paid, budget=scale.budget_per_hour)
+    asked = _bounded(asked, min(asked.replicas, scale.max), "max", n=scale.max)
+    return _bounded(asked, max(asked.replicas, scale.min), "min", n=scale.min)
 
 
-def _bounded(asked: Asked, count: int, clamp: str, why: str) -> Asked:
-    return (
-        asked if count == asked.replicas else asked._replace(replicas=count, clamp=clamp, why=f"{asked.why}, but {why}")
-    )
+def _bounded(asked: Asked, count: int, clamp: str, **facts: float) -> Asked:
+    if count == asked.replicas:
+        return asked
+    return asked._replace(replicas=count, clamp=clamp, why=(*asked.why, reason(f"clamp.{clamp}", **facts)))
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- reasons ----------------------------------------------------------------------------------------------------------
 
 
-def _policy_words(case: Case, policy: Policy, seen: SeenLive, state: State, count: int) -> str:
+def _policy_reasons(case: Case, policy: Policy, seen: SeenLive, state: State, count: int) -> tuple[Reason, ...]:
     """What it wants for what, and, where it changes nothing, what would."""
     rate, flight = seen.arrivals[0] / seen.tick_s, seen.in_flight[0]
     if "s.expected" in state:
-        return _slo_words(case, seen, state, count, rate)
-    said = f"{case.scale.policy} wants {count} for {rate:.1f} requests/s and {flight:.0f} in flight"
+        return _slo_reasons(case, seen, state, count, rate)
+    said = (reason("wants", policy=case.scale.policy, count=count, rate=rate, flight=flight),)
     if count != case.fleet.present:
         return said
     explain = getattr(policy, "explain", None)
     if explain is not None:
-        return f"{said}; {explain(seen, state)}"
+        return (*said, *explain(seen, state))
     share = getattr(policy, "u", None)
     if share is None:
         return said
-    per = seen.slots if getattr(policy, "signal", "") == "in_flight" else seen.capacity_rps
-    unit = "in flight" if getattr(policy, "signal", "") == "in_flight" else "requests/s"
+    name, per = ("flight", seen.slots) if getattr(policy, "signal", "") == "in_flight" else ("rate", seen.capacity_rps)
     full = float(share[0]) * per
-    return f"{said}; {count} are meant for {full * count:.1f} {unit}, one fewer for {full * max(count - 1, 0):.1f}"
+    return (*said, reason(f"meant.{name}", count=count, most=full * count, least=full * max(count - 1, 0)))
 
 
 def _expected(seen: SeenLive, state: State) -> float:
@@ -305,28 +294,24 @@ def _expected(seen: SeenLive, state: State) -> float:
     return float(state["s.expected"][0]) * seen.capacity_rps if "s.expected" in state else math.nan
 
 
-def _slo_words(case: Case, seen: SeenLive, state: State, count: int, rate: float) -> str:
+def _slo_reasons(case: Case, seen: SeenLive, state: State, count: int, rate: float) -> tuple[Reason, ...]:
     """The forecast, and between which forecasts the count stays: the bounds of control/slo.py, solved for the rate."""
     expected, capacity = _expected(seen, state), seen.capacity_rps
-    goal = f"at {case.deployment.slo.attainment:g} ({rate:.1f} now)"
-    said = f"{expected:.1f} requests/s expected in {seen.cold_start_s:.0f} s {goal}"
+    goal = case.deployment.slo.attainment
+    said = (reason("expected", rate=expected, ahead_s=seen.cold_start_s, goal=goal, now=rate),)
     if count != case.fleet.present:
         return said
     rungs = state["s.margins"][:, 0]
     spread = float(state["s.spread"][0])
     margin = float(np.interp(state["s.place"][0], np.arange(len(rungs)), rungs)) * spread
     most, least = count + 0.5 - margin, count - 0.5 - margin - HELD * spread
-    said += f"; one more over {max(most, 0.0) * capacity:.1f}"
-    return f"{said}, one fewer under {least * capacity:.1f}" if least > 0 else said
+    said = (*said, reason("more_over", most=max(most, 0.0) * capacity))
+    return (*said, reason("fewer_under", least=least * capacity)) if least > 0 else said
 
 
-def _stale_words(load: Load | None) -> str:
+def _stale(load: Load | None) -> Reason:
     if load is None:
-        return "no gateway has told of it yet, so the count holds"
-    if load.age_s > STALE_S:
-        return f"the signals are {load.age_s:.1f} s old, so the count holds until every gateway speaks"
-    return f"{load.tick_s:.0f} s passed since the last tick, so the count holds for one"
-
-
-def _requests(n: int) -> str:
-    return f"{n} request{'s' if n != 1 else ''}"
+        return reason("stale.unheard")
+    if math.isinf(load.age_s):
+        return reason("stale.silent")
+    return reason("stale.old", age_s=load.age_s) if load.age_s > STALE_S else reason("stale.jump", tick_s=load.tick_s)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from neaptide.control.policy import Floats, Seen, State, mean_window, note, ring
-from neaptide.types import Load, Rule
+from neaptide.control.reasons import reason
+from neaptide.types import Load, Reason, Rule
 
 RATE_S = 10.0  # arrivals_per_s is a mean over so long, and what is not told holds so long: single seconds are noise
 NEVER = -np.inf
@@ -77,9 +78,9 @@ class Thresholds:
         np.clip(target, self.low, self.high, out=target)
         return target.copy()
 
-    def explain(self, seen: Seen, state: State) -> str:
+    def explain(self, seen: Seen, state: State) -> tuple[Reason, ...]:
         """The rules, each with its signal now: what would have to happen."""
-        return "; ".join(_said(r, float(state["value"][i, 0])) for i, r in enumerate(self.rules))
+        return tuple(x for i, rule in enumerate(self.rules) for x in _reasons(rule, float(state["value"][i, 0])))
 
     def _act(self, rule: Rule, now_s: float, state: State) -> None:
         state["target"] += rule.add
@@ -101,10 +102,11 @@ class Thresholds:
         return value / max(1.0, float((seen.ready + seen.starting)[0])) if rule.per_replica else value
 
 
-def _said(rule: Rule, value: float) -> str:
-    verb = f"adds {rule.add}" if rule.add > 0 else f"removes {-rule.add}"
-    bound = f"over {rule.above:g}" if rule.above is not None else f"under {rule.below:g}"
-    share = " a replica" if rule.per_replica else ""
-    lasting = f" for {rule.for_s:g} s" if rule.for_s else ""
-    now = "not told" if math.isnan(value) else f"{value:.2f} now"
-    return f"{verb} once {rule.signal}{share} is {bound}{lasting} ({now})"
+def _reasons(rule: Rule, value: float) -> list[Reason]:
+    told = [reason("rule.adds" if rule.add > 0 else "rule.removes", n=abs(rule.add), signal=rule.signal)]
+    told += [reason("rule.share")] if rule.per_replica else []
+    told += [reason("rule.over", bound=rule.above)] if rule.above is not None else []
+    told += [reason("rule.under", bound=rule.below)] if rule.above is None and rule.below is not None else []
+    told += [reason("rule.lasting", for_s=rule.for_s)] if rule.for_s else []
+    told += [reason("rule.untold") if math.isnan(value) else reason("rule.now", value=value)]
+    return told

@@ -9,7 +9,8 @@ from typing import Literal
 
 import msgspec
 
-from neaptide.types import Choice, Plan
+from neaptide.control.reasons import LANGUAGES, sentence, words
+from neaptide.types import Choice, Plan, Reason
 
 KEPT = 500
 MAX_MODELS = 1000  # whose last word is remembered
@@ -23,7 +24,7 @@ class Flag(msgspec.Struct, frozen=True, kw_only=True):
     t: float  # wall s
     model: str
     action: Literal["launch", "drain", "hold"]
-    sentences: tuple[str, ...]
+    sentences: dict[str, tuple[str, ...]]  # by language
     replicas: tuple[str, ...] = ()  # that start or leave
     before: int | None = None
     after: int | None = None
@@ -46,13 +47,13 @@ class Flags:
         """The plan's news, oldest first."""
         told = [self._of_choice(wall_s, c, plan) for c in plan.choices]
         if not plan.choices:
-            told = [self._of_reason(wall_s, r, plan) for r in plan.reasons]
+            told = [self._of_reason(wall_s, r, plan) for r in plan.why]
         fresh = [f for f in told if self._is_news(f)]
         self.recent.extend(fresh)
         return fresh
 
     def _is_news(self, flag: Flag) -> bool:
-        said = (flag.action, flag.after, tuple(NUMBER.sub("#", s) for s in flag.sentences))
+        said = (flag.action, flag.after, tuple(NUMBER.sub("#", s) for s in flag.sentences["en"]))
         same = self._said.get(flag.model) == said and not flag.replicas
         if len(self._said) > MAX_MODELS:
             self._said.clear()
@@ -63,12 +64,13 @@ class Flags:
         priced = bool(choice.cost_per_hour or choice.cost_change_per_hour)
         moved = _launched(plan, choice.model) if choice.action == "launch" else ()
         gone = tuple(d for d in plan.drains if model_of(d) == choice.model) if choice.action == "drain" else ()
+        why = [r for r in plan.why if r.of == choice.model or model_of(r.of) == choice.model]
         return Flag(
             id=self._number(),
             t=wall_s,
             model=choice.model,
             action=choice.action,
-            sentences=(choice.sentence, *(r for r in plan.reasons if about(r, choice.model) and r != choice.sentence)),
+            sentences={x: (sentence(choice, x), *(words(r, x) for r in why)) for x in LANGUAGES},
             replicas=(*moved, *gone),
             before=choice.before,
             after=choice.after,
@@ -79,15 +81,15 @@ class Flags:
             cost_change_per_hour=choice.cost_change_per_hour if priced else None,
         )
 
-    def _of_reason(self, wall_s: float, reason: str, plan: Plan) -> Flag:
-        """A reason begins with the model's or the replica's name: "guide: start ...", "guide-0: drain ..."."""
-        name, _, rest = reason.partition(": ")
-        drained = name in plan.drains
-        model = model_of(name) if drained else name
-        started = _launched(plan, model) if rest.startswith("start") else ()
+    def _of_reason(self, wall_s: float, reason: Reason, plan: Plan) -> Flag:
+        """A reason is about a model or about one of its replicas."""
+        drained = reason.of in plan.drains
+        model = model_of(reason.of) if drained else reason.of
+        started = _launched(plan, model) if reason.name == "start" else ()
         action: Literal["launch", "drain", "hold"] = "drain" if drained else "launch" if started else "hold"
-        moved = (name,) if drained else started
-        return Flag(id=self._number(), t=wall_s, model=model, action=action, sentences=(reason,), replicas=moved)
+        said = {x: (words(reason, x),) for x in LANGUAGES}
+        moved = (reason.of,) if drained else started
+        return Flag(id=self._number(), t=wall_s, model=model, action=action, sentences=said, replicas=moved)
 
     def _number(self) -> int:
         self._next += 1
@@ -96,12 +98,6 @@ class Flags:
 
 def _launched(plan: Plan, model: str) -> tuple[str, ...]:
     return tuple(x.replica for x in plan.launches if x.deployment == model)
-
-
-def about(reason: str, model: str) -> bool:
-    """Whether a reason speaks of this model or of one of its replicas."""
-    name = reason.partition(": ")[0]
-    return name == model or model_of(name) == model
 
 
 def model_of(replica: str) -> str:

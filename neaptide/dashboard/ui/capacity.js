@@ -4,7 +4,7 @@ import { signal } from "@preact/signals";
 import { Chart } from "./chart.js";
 import { NONE, clock, count, money } from "./numbers.js";
 import { ALL, beat, chosen, column, flags, picked, replicas, state, times } from "./store.js";
-import { t } from "./words.js";
+import { said, t } from "./words.js";
 
 const SHOWN = 200;
 const holds = signal(true);
@@ -74,7 +74,7 @@ function Words({ flag }) {
     ...Object.entries(flag.numbers).map(([name, v]) => [name, count(v)]),
   ];
   return html`<article class=${`words ${flag.action}`} aria-live="polite"><header><b>${t(`action.${flag.action}`)}</b> ${flag.model} <time>${clock(flag.t)}</time></header>
-    ${flag.sentences.map((s) => html`<p>${s}</p>`)}
+    ${said(flag).map((s) => html`<p>${s}</p>`)}
     <dl>${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl></article>`;
 }
 
@@ -84,7 +84,7 @@ function Decisions() {
       <label><input type="checkbox" checked=${holds.value} onChange=${(e) => (holds.value = e.target.checked)} /> ${t("decision.holds")}</label></header>
     <${Words} flag=${flags.value.find((f) => f.id === picked.value)} />
     <ol>${rows.map((f) => html`<li key=${f.id}><button class=${`decision ${f.action}`} aria-pressed=${f.id === picked.value} onClick=${() => (picked.value = f.id)}>
-      <time>${clock(f.t)}</time><b>${t(`action.${f.action}`)}</b><span>${f.sentences[0]}</span></button></li>`)}</ol></div>`;
+      <time>${clock(f.t)}</time><b>${t(`action.${f.action}`)}</b><span>${said(f)[0]}</span></button></li>`)}</ol></div>`;
 }
 
 function Replicas() {

@@ -3,7 +3,7 @@ import { html } from "./html.js";
 import { useEffect, useRef } from "preact/hooks";
 import uPlot from "uplot";
 import { clock } from "./numbers.js";
-import { language, t } from "./words.js";
+import { language, said, t } from "./words.js";
 import { range } from "./store.js";
 import { theme } from "./theme.js";
 
@@ -68,7 +68,7 @@ function flagButton(u, flag, p) {
   const button = document.createElement("button");
   button.type = "button";
   button.dataset.id = flag.id;
-  button.title = button.ariaLabel = `${clock(flag.t)} ${flag.sentences[0]}`;
+  button.title = button.ariaLabel = `${clock(flag.t)} ${said(flag)[0]}`;
   button.addEventListener("click", () => p.pick(flag.id));
   u.over.append(button);
   return button;

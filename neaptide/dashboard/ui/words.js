@@ -20,6 +20,9 @@ export function speak(name) {
   document.documentElement.lang = locale();
 }
 
+/** A flag's sentences. */
+export const said = (flag) => flag.sentences[language.value];
+
 /** The text of `key`, its {placeholders} filled. */
 export function t(key, values = {}) {
   const text = catalogue[key]?.[language.value] ?? key;
