@@ -14,6 +14,8 @@ gateway persists what it holds (0600) and starts from it while control is away.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import msgspec
 
 
@@ -36,6 +38,14 @@ class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
     token: str = ""  # boot token (link) or API key to send (http); never logged
     remote_model: str = ""  # spliced into the body when the replica knows the model by another id
     max_running: int | None = None  # None = unlimited until adaptive concurrency binds
+    members: dict[str, str] = {}  # of a pool, whose name `model` is then: revision by model
+
+    def serves(self) -> Collection[str]:
+        """The models that it takes requests for."""
+        return self.members or (self.model,)
+
+    def revision_of(self, model: str) -> str:
+        return self.members.get(model, self.revision)
 
 
 class DeploymentRow(msgspec.Struct, frozen=True, kw_only=True):

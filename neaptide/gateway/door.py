@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 from msgspec import Raw
@@ -59,7 +60,9 @@ class Door:
         self.table = Table()
         self.held = False  # a table was installed
         self.on_starving: Callable[[], None] | None = None  # a request waits and no replica is ready
-        self.lanes: dict[str, Lane] = {}  # by deployment
+        self.lanes: dict[str, Lane] = {}  # by model
+        self.targets: dict[str, Target] = {}  # by replica id
+        self._upstreams: dict[str, Upstream] = {}
         self.live: set[Exchange] = set()
         self._by_name: dict[str, Lane] = {}  # by deployment and alias
         self._pepper = bytes.fromhex(pepper)
@@ -91,7 +94,7 @@ class Door:
         self.live.add(exchange)
         lane.metrics.arrivals += 1
         lane.turn += 1
-        target = None if lane.line.waiting else route.choose(lane.targets, now, lane.turn)
+        target = None if lane.line.waiting else route.choose(lane.targets, now, lane.turn, (), lane.row.model)
         if target is None:
             self._wait(exchange, now)
         else:
@@ -133,14 +136,14 @@ class Door:
             if hide or name != asked.model:
                 body = splice(body, model=name if name != asked.model else None, include_usage=hide)
         exchange.sent(target, now, body, hide)
-        lane.upstreams[row.id].send(exchange)
+        self._upstreams[row.id].send(exchange)
 
     def again(self, exchange: Exchange, now: float) -> None:
         """Another try, before the first byte: another replica, if one can take it; else the front of the line."""
         self._release(exchange)
         lane = exchange.lane
         lane.metrics.retries += 1
-        target = route.choose(lane.targets, now, lane.turn, exchange.tried)
+        target = route.choose(lane.targets, now, lane.turn, exchange.tried, lane.row.model)
         if target is None:
             self._wait(exchange, now, since_s=exchange.call.arrived_s)
         else:
@@ -173,7 +176,7 @@ class Door:
         """Those who wait go to replicas that have room again."""
         while lane.line.waiting:
             lane.turn += 1
-            target = route.choose(lane.targets, now, lane.turn)
+            target = route.choose(lane.targets, now, lane.turn, (), lane.row.model)
             if target is None:
                 return
             ticket = lane.line.first(now)
@@ -223,8 +226,8 @@ class Door:
                 self.pump(lane, now)
                 if lane.row.failing and not route.reachable(lane.targets, now):
                     self._give_up(lane, now)
-            for upstream in lane.upstreams.values():
-                upstream.sweep(now)
+        for upstream in self._upstreams.values():
+            upstream.sweep(now)
         for exchange in list(self.live):
             if exchange.state != DONE:
                 exchange.check(now)
@@ -260,40 +263,46 @@ class Door:
                 self._close_lane(lane, now)
         self.lanes = lanes
         self._by_name = {alias: lane for lane in lanes.values() for alias in lane.row.aliases} | lanes
-        for lane in lanes.values():
-            self._set_replicas(lane, [r for r in table.fast.replicas if r.model == lane.row.model])
+        self._set_replicas(r for r in table.fast.replicas if not lanes.keys().isdisjoint(r.serves()))
+        for model, lane in lanes.items():
+            lane.targets = [t for t in self.targets.values() if model in t.row.serves()]
             self.pump(lane, now)
 
-    def _set_replicas(self, lane: Lane, rows: list[ReplicaRow]) -> None:
+    def _set_replicas(self, rows: Iterable[ReplicaRow]) -> None:
         """Keep targets whose address is unchanged (their pools and counts live on); replace the others."""
-        old = {t.row.id: t for t in lane.targets}
-        targets = []
+        targets: dict[str, Target] = {}
         upstreams: dict[str, Upstream] = {}
         for row in rows:
-            target = old.get(row.id)
+            target = self.targets.get(row.id)
             if target is not None and _same_process(target.row, row):
                 target.adopt(row)
-                upstreams[row.id] = lane.upstreams[row.id]
+                upstreams[row.id] = self._upstreams[row.id]
             else:
                 target = Target(row)
-                upstreams[row.id] = self._connect(row, target, lambda: self.pump(lane, mono_s()))
-            targets.append(target)
-        for replica, upstream in lane.upstreams.items():
+                upstreams[row.id] = self._connect(row, target, partial(self._room, target))
+            targets[row.id] = target
+        for replica, upstream in self._upstreams.items():
             if upstreams.get(replica) is not upstream:
                 upstream.close()
-        lane.targets, lane.upstreams = targets, upstreams
+        self.targets, self._upstreams = targets, upstreams
+
+    def _room(self, target: Target) -> None:
+        """A replica may have become able to take more, for any of its models."""
+        for model in target.row.serves():
+            lane = self.lanes.get(model)
+            if lane is not None:
+                self.pump(lane, mono_s())
 
     def _close_lane(self, lane: Lane, now: float) -> None:
         while (ticket := lane.line.first(now)) is not None:
             ticket.item.ticket = None
             error = RequestError(404, "The model is no longer served.", slug="model_not_found", param="model")
             ticket.item.fail(error, now, "refused")
-        self._set_replicas(lane, [])
+        lane.targets = []
 
     # --- what others ask
 
     def gauges(self, now: float, connections: int) -> Gauges:
-        targets = [t for lane in self.lanes.values() for t in lane.targets]
         running: dict[str, int] = {}
         for exchange in self.live:
             model = exchange.lane.row.model
@@ -305,8 +314,8 @@ class Door:
             slow=self.table.slow.version,
             connections=connections,
             models={model: lane.gauge(now, running.get(model, 0)) for model, lane in self.lanes.items()},
-            replicas={t.row.id: t.in_flight for t in targets},
-            unreachable=tuple(t.row.id for t in targets if t.failures),
+            replicas={id: t.in_flight for id, t in self.targets.items()},
+            unreachable=tuple(id for id, t in self.targets.items() if t.failures),
             disk=self.journal.refusal() or "",
         )
 

@@ -132,6 +132,10 @@ class Exchange:
     def timeouts(self) -> Timeouts:
         return self.lane.row.timeouts
 
+    @property
+    def model(self) -> str:
+        return self.lane.row.model
+
     def sent(self, target: Target, now: float, body: bytes, hide_usage: bool) -> None:
         """It is given to `target`, with `body`."""
         self.target, self.body = target, body

@@ -1,4 +1,4 @@
-"""One deployment in this gateway: its replicas, its waiting line, its counters."""
+"""One model in this gateway: its replicas, its waiting line, its counters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from neaptide.gateway.metrics import ModelMetrics
 from neaptide.gateway.queue import Line
 from neaptide.gateway.route import Target
-from neaptide.gateway.upstream import Upstream
 from neaptide.table import DeploymentRow, ModelGauge
 
 if TYPE_CHECKING:
@@ -17,15 +16,14 @@ if TYPE_CHECKING:
 class Lane:
     """Lives as long as its deployment is in the table, or a request of it runs."""
 
-    __slots__ = ("line", "metrics", "row", "running", "targets", "tokens", "turn", "upstreams")
+    __slots__ = ("line", "metrics", "row", "running", "targets", "tokens", "turn")
 
     def __init__(self, row: DeploymentRow, metrics: ModelMetrics) -> None:
         self.row = row
         self.metrics = metrics
         metrics.slo_ttft_s = row.slo_ttft_s
         self.line: Line[Exchange] = Line(row.max_waiting, row.max_wait_s)
-        self.targets: list[Target] = []
-        self.upstreams: dict[str, Upstream] = {}  # by replica id
+        self.targets: list[Target] = []  # the door's; a replica of several models is in several lanes
         self.turn = 0
         self.running = 0
         self.tokens = 0

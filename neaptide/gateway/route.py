@@ -34,7 +34,7 @@ class Target:
         self.draining = row.state == "draining"
         self.in_flight = 0
         self.report: LoadReport | None = None
-        self.sent = 0  # dispatched less ended since `report`
+        self.sent = 0  # dispatched less ended since `report`, all its models together
         self.failures = 0
         self.down_until_s = 0.0
 
@@ -44,12 +44,16 @@ class Target:
         self.limit = row.max_running if row.max_running is not None else 1 << 30
         self.draining = row.state == "draining" or (self.report is not None and self.report.draining)
 
-    def can_take(self, now: float) -> bool:
+    def can_take(self, now: float, model: str = "") -> bool:
+        """Whether it takes one more request; of a replica of several models, one for `model`."""
         if self.draining or self.in_flight >= self.limit or not self.connected:
             return False
         if self.failures and now < self.down_until_s:
             return False
-        return not self.link or (self.report is not None and self.report.slots > self.sent)
+        if not self.link:
+            return True
+        report = self.report
+        return report is not None and (report.rooms.get(model, 0) if report.rooms else report.slots) > self.sent
 
     def reachable(self, now: float) -> bool:
         return self.connected and not self.draining and not (self.failures and now < self.down_until_s)
@@ -76,21 +80,23 @@ class Target:
         self.failures = 0
 
 
-def choose(targets: Sequence[Target], now: float, turn: int = 0, avoid: Collection[str] = ()) -> Target | None:
-    """The target with the least in flight among those that can take one; ties go round by `turn`. Replicas in
-    `avoid` (already tried for this request) only where no other can take it. None: the request must wait."""
+def choose(
+    targets: Sequence[Target], now: float, turn: int = 0, avoid: Collection[str] = (), model: str = ""
+) -> Target | None:
+    """The target with the least in flight among those that can take one for `model`; ties go round by `turn`. Replicas
+    in `avoid` (already tried for this request) only where no other can take it. None: the request must wait."""
     best: Target | None = None
     least = 1 << 60
     count = len(targets)
     start = turn % count if count else 0
     for at in range(start - count, start):  # negative places count from the end: all of them, from `start` on
         target = targets[at]
-        if target.in_flight < least and target.can_take(now) and (not avoid or target.row.id not in avoid):
+        if target.in_flight < least and target.can_take(now, model) and (not avoid or target.row.id not in avoid):
             best, least = target, target.in_flight
             if least == 0:
                 break
     if best is None and avoid:
-        return choose(targets, now, turn)
+        return choose(targets, now, turn, model=model)
     return best
 
 

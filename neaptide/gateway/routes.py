@@ -133,14 +133,12 @@ class Routes:
         for model, lane in lanes:
             labels = f'model_name="{metrics.escape(model)}"'
             yield "vllm:num_requests_waiting", "Requests waiting in the gateway.", labels, len(lane.line)
-        for model, lane in lanes:
-            for target in lane.targets:
-                labels = f'model_name="{metrics.escape(model)}",replica="{metrics.escape(target.row.id)}"'
-                yield "neaptide_replica_in_flight", "Requests in flight from here.", labels, target.in_flight
-        for model, lane in lanes:
-            for target in lane.targets:
-                labels = f'model_name="{metrics.escape(model)}",replica="{metrics.escape(target.row.id)}"'
-                yield "neaptide_replica_up", "1 when it can be reached.", labels, float(target.reachable(now))
+        for target in door.targets.values():  # of a pool under the pool's name, once
+            labels = f'model_name="{metrics.escape(target.row.model)}",replica="{metrics.escape(target.row.id)}"'
+            yield "neaptide_replica_in_flight", "Requests in flight from here.", labels, target.in_flight
+        for target in door.targets.values():
+            labels = f'model_name="{metrics.escape(target.row.model)}",replica="{metrics.escape(target.row.id)}"'
+            yield "neaptide_replica_up", "1 when it can be reached.", labels, float(target.reachable(now))
         yield "neaptide_in_flight", "Requests in this gateway.", "", len(door.live)
         if server is not None:
             yield "neaptide_connections", "Client connections.", "", len(server.connections)

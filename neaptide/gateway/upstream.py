@@ -82,6 +82,10 @@ class Sink(Protocol):
     @property
     def timeouts(self) -> Timeouts: ...
 
+    @property
+    def model(self) -> str:
+        """The deployment's name, whatever alias the client used."""
+
     def on_head(self, head: AnswerHead) -> bool:
         """The replica's head. False: this answer is not wanted (another replica will be tried); say nothing more."""
 

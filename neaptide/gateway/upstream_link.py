@@ -131,6 +131,7 @@ class LinkClient:
             body_bytes=len(body),
             stream=asked.stream,
             include_usage=bool(asked.include_usage),
+            model=sink.model if self.row.members else "",
             tenant=sink.key.tenant,
             deadline_in_s=sink.deadline_s - sink.sent_s if sink.deadline_s != float("inf") else None,
         )
