@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from neaptide.cli import measured as on_setup
 from neaptide.cli.draw import span, table
 from neaptide.cli.session import Session, common
 from neaptide.cli.words import language, say
@@ -18,9 +19,13 @@ from neaptide.simulate import sources, tail_report
 from neaptide.simulate.arrivals import Rates, Requests
 from neaptide.simulate.bound import DEFINITION
 from neaptide.simulate.compare import Comparison, Question, Row, Tell, compare, span_of
+from neaptide.simulate.measured import Question as SetupQuestion
+from neaptide.simulate.measured import measured, untuned
 from neaptide.simulate.outcome import Price, by_cost, outcome
 from neaptide.simulate.parts import parts, tree
 from neaptide.simulate.policies import ALL, OWN, chosen
+from neaptide.simulate.replay import Tier
+from neaptide.simulate.settings import read_setup
 from neaptide.simulate.singly import MOST_REQUESTS, replayed_requests, singly
 from neaptide.simulate.tail import COLD_START_S, TailQuestion, compare_tail
 from neaptide.simulate.tail_bound import DEFINITION as TAIL_DEFINITION
@@ -42,6 +47,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--slo", type=float, metavar="SHARE", help=say("simulate.slo"))
 @click.option("--capacity", type=click.FloatRange(0, min_open=True), metavar="RPS", help=say("simulate.capacity"))
 @click.option("--world", "world_file", type=FILE, help=say("simulate.world"))
+@click.option("--setup", "setup_file", type=FILE, help=say("simulate.setup"))
 @click.option("--tier", type=click.Choice(("fluid", "fast", "exact")), help=say("simulate.tier"))
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help=say("simulate.seed"))
 @click.option("--seeds", type=click.IntRange(1, 100), default=1, show_default=True, help=say("simulate.seeds"))
@@ -65,22 +71,34 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 def simulate(
     session: Session, path: str, series: str | None, first: int | None, last: int | None, history: str | None,
     tune: str, policies: str, cold_start_s: float | None, slo: float | None, capacity: float | None,
-    world_file: Path | None, tier: str | None, seed: int, seeds: int, price_per_hour: float | None, currency: str,
-    html: Path | None, in_parts: bool, tail: bool, tail_below: float, pool: int,
+    world_file: Path | None, setup_file: Path | None, tier: str | None, seed: int, seeds: int,
+    price_per_hour: float | None, currency: str, html: Path | None, in_parts: bool, tail: bool, tail_below: float,
+    pool: int,
 ) -> None:  # fmt: skip
     if in_parts and tier not in (None, "fluid"):
         raise ConfigError(f"--parts is of the fluid tier, not of {tier}", code="E110", fix="leave out --tier")
     if tail and (html or price_per_hour or tier or in_parts or policies != ALL):
         fix = "leave out --policy, --tier, --parts, --price-per-hour and --html"
         raise ConfigError("--tail has policies of its own, no tiers, no prices, no page", code="E110", fix=fix)
+    if setup_file and (html or price_per_hour or in_parts or tail or history or world_file or capacity or seeds > 1):
+        fix = "of --policy, --from, --to, --tune, --tier, --cold-start-s, --slo and --seed only"
+        raise ConfigError("--setup is another world than the one these options are of", code="E110", fix=fix)
     names = chosen(name.strip() for name in policies.split(",") if name.strip())
-    world = changed(read_world(world_file), cold_start_s=cold_start_s, slo=slo)
+    world = changed(read_world(world_file), cold_start_s=None if setup_file else cold_start_s, slo=slo)
     tune_days = days(tune, "--tune")
     price = Price(price_per_hour, currency) if price_per_hour else None
     found = _read(session, path, series)
     before = _read(session, history, series) if history else None
     rates = sources.rates(found, before, series or "")
     first, last = reported(rates, tune_days, first, last)
+    if setup_file:
+        setup = on_setup.booted(read_setup(setup_file), cold_start_s)
+        asked = SetupQuestion(
+            policies=untuned(names), first_day=first, last_day=last, tune=tune_days, tier=single(tier), seed=seed
+        )
+        with _progress() as tell:
+            got = measured(rates, sources.recorded(found, before), setup, world, asked, tell)
+        return on_setup.show(session, got)
     if tail:
         world = world if world_file else changed(world, cold_start_s=cold_start_s or COLD_START_S)
         small = TailQuestion(
@@ -107,7 +125,7 @@ def simulate(
     _show(result, price)
     if found_parts:
         shares = {name: f"{100 * share:.1f}" for name, share in found_parts.means.items()}
-        click.echo(say("simulate.in_parts", over=f"{100 * sum(found_parts.means.values()):.1f}", **shares))
+        click.echo(say("simulate.in_parts", over=f"{100 * found_parts.over:.1f}", **shares))
 
 
 def _tail(session: Session, rates: Rates, world: World, question: TailQuestion) -> None:
@@ -124,6 +142,13 @@ def _tail(session: Session, rates: Rates, world: World, question: TailQuestion) 
                 slack=f"{world.slack_s:g}")  # fmt: skip
     table(title, columns, [tail_report.cells(found, row) for row in tail_report.by_cost(found)])
     click.echo(say("simulate.bound", hours=f"{found.bound_hours:,.1f}", budget=budget, definition=TAIL_DEFINITION))
+
+
+def single(tier: str | None) -> Tier:
+    """A tier of single requests; ConfigError E110 for the fluid one."""
+    if tier == "fluid":
+        raise ConfigError("--setup has single requests, the fluid tier has none", code="E110", fix="--tier fast")
+    return "exact" if tier == "exact" else "fast"
 
 
 def days(text: str, option: str) -> tuple[int, int]:

@@ -22,7 +22,7 @@ STEADY = 2  # of MEANS_S: what the seasons lean on
 SHORTEST_S = 5.0  # the first is a quarter of a cold start, at least this, at most its own length
 MEANS_COLUMN = np.array(MEANS_S)[:, None]
 MEMBERS = (*(f"mean of {s:g} s" for s in MEANS_S), "yesterday", "last week")
-BEATS = 12  # forecasts a horizon: how often members are scored
+BEATS = 12  # forecasts a horizon at most: how often members are scored
 TRUST_S = 6 * 3600.0  # how long a member's error counts
 SHARPNESS = 20.0  # a member with a tenth more squared error has a seventh of the weight
 SPREADS_S = (3600.0, 86400.0)
@@ -82,10 +82,10 @@ class Forecast:
         self._season(seen, state)
         state["f.sum"] += seen.arrivals
         state["f.sum_s"] += seen.tick_s
-        if state["f.sum_s"][0] < seen.cold_start_s / BEATS - 1e-9:
+        if state["f.sum_s"][0] < seen.cold_start_s / _beats(seen) - 1e-9:
             return False
         rate = state["f.sum"] / state["f.sum_s"][0]
-        self._score(rate, float(state["f.sum_s"][0]), state)
+        self._score(rate, _beats(seen), state)
         state["f.sum"][:] = 0.0
         state["f.sum_s"][:] = 0.0
         return True
@@ -106,9 +106,9 @@ class Forecast:
         wide: Floats = np.sqrt(0.5 * hour + 0.5 * day)
         return wide
 
-    def last_error(self, state: State) -> Floats | None:
+    def last_error(self, seen: Seen, state: State) -> Floats | None:
         """By how many spreads the last beat was over what was expected of it, [lanes]; None before any was."""
-        return state["f.last"] if state["f.beats"][0] > BEATS else None
+        return state["f.last"] if state["f.beats"][0] > _beats(seen) else None
 
     def recent(self, state: State) -> Floats:
         """Requests/s of just now, [lanes]."""
@@ -143,12 +143,13 @@ class Forecast:
         gain = np.maximum(first, 1.0 - np.exp(-seen.tick_s / lengths))
         state["f.means"] += gain * (rate - state["f.means"])
 
-    def _score(self, rate: Floats, beat_s: float, state: State) -> None:
-        """Hold what came in the beat that ended against what was expected of it a horizon ago."""
+    def _score(self, rate: Floats, ago: int, state: State) -> None:
+        """Hold what came in the beat that ended against what was expected of it a horizon, `ago` beats, before."""
+        beat_s = float(state["f.sum_s"][0])
         state["f.beats"] += 1
-        if state["f.beats"][0] <= BEATS:
+        if state["f.beats"][0] <= ago:
             return
-        made = state["f.made"][int(state["f.beats"][0] + 1) % (BEATS + 1)]  # BEATS ago
+        made = state["f.made"][int(state["f.beats"][0] - ago) % (BEATS + 1)]
         errors = 2.0 * (np.sqrt(rate) - np.sqrt(np.maximum(made, 0.0)))
         squared = errors**2
         state["f.last"][:] = errors[-1] / self.spread(state)
@@ -183,6 +184,11 @@ class Forecast:
                     rows[old % len(rows)] = closed[old % PENDING]
         state["f.in_window"][:] = 0.0
         state["f.in_window_s"][:] = 0.0
+
+
+def _beats(seen: Seen) -> int:
+    """Forecasts a horizon: no more than it has ticks."""
+    return max(1, min(BEATS, round(seen.cold_start_s / seen.tick_s)))
 
 
 def _growth(rows: Floats, known: float, now_s: float, ahead_s: float) -> Floats:

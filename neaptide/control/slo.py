@@ -102,7 +102,7 @@ class Slo:
 
     def _learn(self, rate: Floats, seen: Seen, state: State) -> None:
         """At a beat: the rungs follow their quantiles, the place follows what was imagined."""
-        error = self._forecast.last_error(state)
+        error = self._forecast.last_error(seen, state)
         if error is not None:
             above = error > state["s.margins"]
             state["s.margins"] += QUANTILE_GAIN * (above - np.array(TAILS)[:, None])

@@ -2,8 +2,8 @@
 
 Two more runs over the same counts tell. One is told the future: the fewest whole replicas that serve the most that is
 needed until a replica launched now is ready; what that costs above the bound is the control's (whole replicas, nobody
-late where some may be). In the other the policy's replicas start within a tick; what that saves is the cold start's.
-The rest is the forecast's: what the chance of the next seconds costs.
+late where some may be), what the policy costs above that the forecast's. In the other the policy's replicas start
+within a tick: what that saves, of control and forecast, is the cold start's.
 """
 
 from __future__ import annotations
@@ -24,21 +24,26 @@ from neaptide.simulate.world import World, changed
 
 Tell = Callable[[float], None]
 DEFINITION = (
-    "in multiples of the bound, above it. control: the fewest whole replicas for the most that is needed until one "
-    "launched now is ready, told the future, less the bound. cold_start: what the policy saves when replicas start "
-    "within a tick. forecast: the rest"
+    "in multiples of the bound. control: the fewest whole replicas for the most that is needed until one launched now "
+    "is ready, told the future, less the bound. forecast: the policy less that. cold_start: what the policy saves, of "
+    "both, when replicas start within a tick"
 )
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Arrays are [seeds], in multiples of the bound; they sum to the policy's cost less one."""
+    """Arrays are [seeds], in multiples of the bound; the first two sum to the policy's cost less one."""
 
     control: Floats
     forecast: Floats
     cold_start: Floats
     told_attainment: float
     instant_attainment: float
+
+    @property
+    def over(self) -> float:
+        """The policy's cost above the bound, the seeds' mean."""
+        return float((self.control + self.forecast).mean())
 
     @property
     def means(self) -> dict[str, float]:
@@ -83,7 +88,7 @@ def parts(found: Comparison, tell: Tell = lambda share: None) -> Parts | None:
     ours = own.reported.replica_hours
     return Parts(
         control=told_hours / bound - 1,
-        forecast=(instant_hours - told_hours) / bound,
+        forecast=(ours - told_hours) / bound,
         cold_start=(ours - instant_hours) / bound,
         told_attainment=told_share,
         instant_attainment=instant_share,

@@ -24,7 +24,7 @@ from neaptide.simulate.served import Served
 from neaptide.simulate.settings import of_world
 from neaptide.simulate.world import World
 
-MOST_REQUESTS = 500_000  # replayed by default, over all policies, targets and seeds: about half a minute
+MOST_REQUESTS = 5_000_000  # replayed by default, over all policies, targets and seeds: a minute or two
 
 
 def replayed_requests(rates: Rates, span: Span, question: Question, world: World) -> float:
