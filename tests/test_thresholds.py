@@ -57,6 +57,23 @@ def test_after_it_acted_the_count_is_left_alone_for_the_cooldown() -> None:
     assert story.tick(2, in_flight=50) == 5
 
 
+def test_what_starting_replicas_will_take_does_not_count_as_waiting() -> None:
+    policy = Thresholds((Rule(signal="waiting", above=3, add=1, cooldown_s=1),), max_replicas=10)
+    state = policy.start()
+
+    def wanted(now_s: float, waiting: float, starting: float) -> float:
+        seen = SeenLive(
+            now_s=now_s, tick_s=1.0, arrivals=np.zeros(1), in_flight=np.zeros(1), waiting=np.array([waiting]),
+            ready=np.ones(1), starting=np.array([starting]), capacity_rps=1.0, slots=4.0, cold_start_s=60.0,
+        )  # fmt: skip
+        policy.observe(seen, state)
+        return float(policy.want(seen, state)[0])
+
+    assert wanted(1.0, 6, 0) == 2
+    assert [wanted(now_s, 6, 1) for now_s in (3.0, 30.0, 50.0)] == [2, 2, 2]
+    assert wanted(51.0, 8, 1) == 3
+
+
 def test_a_removal_does_not_hold_back_an_addition_but_an_addition_holds_back_a_removal() -> None:
     story = Story(UP, DOWN)
     story.tick(8, in_flight=50)

@@ -3,7 +3,8 @@ added or removed; then the count is left alone for the rule's cooldown.
 
 A removal's cooldown holds back removals only: traffic that comes back is served at once. A signal that nobody tells
 (NaN: no request ended) is taken for what it was up to 10 s ago; after that it meets no rule and its clock starts anew.
-The most that any ripe rule adds wins over every removal.
+The most that any ripe rule adds wins over every removal. What replicas that start already will take at once does not
+count as waiting where a rule adds: it would add anew at each cooldown, for as long as they start.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class Thresholds:
         elif rule.signal == "in_flight":
             value = float(seen.in_flight[0])
         elif rule.signal == "waiting":
-            value = float(seen.waiting[0])
+            coming = seen.starting[0] * seen.slots if rule.above is not None else 0.0
+            value = max(0.0, float(seen.waiting[0] - coming))
         else:
             value = float(getattr(load, rule.signal)) if load is not None else math.nan
         return value / max(1.0, float((seen.ready + seen.starting)[0])) if rule.per_replica else value
