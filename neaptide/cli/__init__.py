@@ -36,6 +36,7 @@ VERBS = {
     "usage": "neaptide.cli.usage:usage",
     "logs": "neaptide.cli.logs:logs",
     "simulate": "neaptide.cli.simulate:simulate",
+    "fit": "neaptide.cli.fit:fit",
     "demo": "neaptide.cli.demo:demo",
     "doctor": "neaptide.cli.doctor:doctor",
     "backup": "neaptide.cli.backup:backup",

@@ -14,4 +14,5 @@ and request by request (docs/decisions/0022):
     steps      what an engine's step takes       replicas   launched, ready, leaving, paid (cold, spot)
     exact      an engine, step by step           routes     who gets a request
     fast       the same, by jumps                singly     a comparison in these tiers
+    learn      an engine from its step log       measured   policies on such an engine (docs/decisions/0033)
 """

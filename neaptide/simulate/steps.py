@@ -132,25 +132,23 @@ class Fit(NamedTuple):
 
 
 def fit(
-    batch: ArrayLike, context: ArrayLike, prefill: ArrayLike, seconds: ArrayLike, pairs: ArrayLike | None = None
+    batch: ArrayLike,
+    context: ArrayLike,
+    prefill: ArrayLike,
+    seconds: ArrayLike,
+    pairs: ArrayLike | None = None,
+    scale: Floats | None = None,
 ) -> Fit:
-    """The formula's coefficients from steps that ran [steps each], by least squares of the relative error. What would
-    come out negative is left out. ConfigError E121 where nothing can be learnt."""
+    """The formula's coefficients from steps that ran [steps each], by least squares of the errors relative to `scale`,
+    by default to what was measured: stalls weigh little then, but the sum of noisy steps comes out too small. What
+    would come out negative is left out. ConfigError E121 where nothing can be learnt."""
     columns = [np.asarray(c, dtype=np.float64) for c in (batch, context, prefill)]
     columns.append(np.zeros_like(columns[0]) if pairs is None else np.asarray(pairs, dtype=np.float64))
     took = np.asarray(seconds, dtype=np.float64)
     known = np.stack([np.ones_like(took), *columns], axis=1)
     if len(took) < 2 or not np.isfinite(known).all() or not (np.isfinite(took) & (took > 0)).all():
         raise ConfigError("no step times to learn from", why="it takes two steps, each over 0 s", code="E121")
-    weighted = known / took[:, None]
-    used = weighted.any(axis=0)
-    found = np.zeros(known.shape[1])
-    while True:
-        found[:] = 0.0
-        found[used] = _scaled_least_squares(weighted[:, used])
-        if (found >= 0).all():
-            break
-        used &= found > 0
+    found = coefficients(known, took, took if scale is None else scale)
     if found[0] <= 0:
         raise ConfigError("these step times have no constant part over 0 s", code="E121", fix="log more kinds of steps")
     error = np.abs(known @ found / took - 1)
@@ -161,21 +159,34 @@ def fit(
     return Fit(step, float(np.median(error)), float(np.quantile(error, 0.95)), len(took))
 
 
-def _scaled_least_squares(columns: Floats) -> Floats:
-    """The coefficients whose combination is nearest to 1; columns of very different sizes are brought to one."""
+def coefficients(known: Floats, wanted: Floats, scale: Floats) -> Floats:
+    """Of the columns of `known` [rows, columns], those whose sum is nearest to `wanted` [rows], by least squares of the
+    errors over `scale` [rows]. None is negative: what would come out so is 0, and so is a column of zeros."""
+    columns, target = known / scale[:, None], wanted / scale
+    used = columns.any(axis=0)
+    found = np.zeros(known.shape[1])
+    while True:
+        found[:] = 0.0
+        found[used] = _scaled_least_squares(columns[:, used], target)
+        if (found >= 0).all():
+            return found
+        used &= found > 0
+
+
+def _scaled_least_squares(columns: Floats, target: Floats) -> Floats:
+    """Columns of very different sizes are brought to one."""
     size = np.abs(columns).max(axis=0)
-    solved: Floats = np.linalg.lstsq(columns / size, np.ones(len(columns)), rcond=None)[0] / size
+    solved: Floats = np.linalg.lstsq(columns / size, target, rcond=None)[0] / size
     return solved
 
 
 GRID_COLUMNS = ("batch", "context", "step_s")
-LOG_COLUMNS = ("batch", "context", "prefill", "step_s")
 
 
 def read_grid(path: Path, *, prefill_token_s: float = 0.0, prefill_pair_s: float = 0.0) -> Grid:
     """A CSV with a header and the columns batch, context (tokens a request), step_s; a row for every pair of both.
     ConfigError E120 or E121."""
-    batch, context, seconds = _columns(path, GRID_COLUMNS)
+    batch, context, seconds = read_columns(path, GRID_COLUMNS)
     batches, contexts = np.unique(batch), np.unique(context)
     table = np.full((len(batches), len(contexts)), np.nan)
     table[np.searchsorted(batches, batch), np.searchsorted(contexts, context)] = seconds
@@ -196,13 +207,8 @@ def read_grid(path: Path, *, prefill_token_s: float = 0.0, prefill_pair_s: float
         raise ConfigError(f"{path}: {e}", code="E121", fix="correct the file") from e
 
 
-def fit_log(path: Path) -> Fit:
-    """`fit` of a CSV with a header: batch, context (tokens of all who decode), prefill (tokens), step_s."""
-    batch, context, prefill, seconds = _columns(path, LOG_COLUMNS)
-    return fit(batch, context, prefill, seconds)
-
-
-def _columns(path: Path, names: tuple[str, ...]) -> list[Floats]:
+def read_columns(path: Path, names: tuple[str, ...]) -> list[Floats]:
+    """These columns [rows] of a CSV with a header. ConfigError E120 where it lacks one, E121 where it has no rows."""
     try:
         with path.open(encoding="utf-8") as file:
             header = [name.strip() for name in file.readline().split(",")]
