@@ -88,6 +88,14 @@ class LedgerSettings(Part, frozen=True, kw_only=True):
     retention_days: float = 400.0
 
 
+class StoreSettings(Part, frozen=True, kw_only=True):
+    """Where `source: store:NAME` comes from, and what this host keeps of it."""
+
+    root: str = ""  # a directory, or an http(s) URL to read from
+    cache: str = "~/.cache/neaptide/store"  # on a disk of this host
+    cache_gib: float = 100.0
+
+
 class Price(Part, frozen=True, kw_only=True):
     """Per 10^6 tokens, in the config's currency; a decimal string or number."""
 
@@ -105,6 +113,7 @@ class Settings(Part, frozen=True, kw_only=True):
     cors: Cors = Cors()
     journal: JournalSettings = JournalSettings()
     ledger: LedgerSettings = LedgerSettings()
+    store: StoreSettings = StoreSettings()
     currency: str = "CNY"
     prices: dict[str, Price] = {}
     gateways: int = 1
@@ -173,6 +182,22 @@ def secret(value: str, key: str) -> str:
         except OSError as e:
             raise ConfigError(f"{key}: {rest}: {e.strerror}", code="E106", fix=f"create {rest} (chmod 600)") from e
     raise ConfigError(f"{key}: a secret in the file itself", code="E106", fix=f"write {key}: env:NAME or file:PATH")
+
+
+def placed_store(store: StoreSettings, base: Path) -> StoreSettings:
+    """Paths made absolute; a store and a cache in one place would have the cache evict what the store is to keep."""
+    if not 0 < store.cache_gib < math.inf:
+        raise ConfigError(f"store.cache_gib: {store.cache_gib:g}", code="E108", fix="a number over 0, such as 100")
+    if not store.root:
+        return store
+    cache = str((base / Path(store.cache).expanduser()).resolve())
+    if store.root.startswith(("http://", "https://")):
+        return msgspec.structs.replace(store, cache=cache)
+    root = str((base / Path(store.root).expanduser()).resolve())
+    if root == cache:
+        fix = "name a directory of its own as store.cache"
+        raise ConfigError(f"store.root and store.cache are both {root}", code="E108", fix=fix)
+    return msgspec.structs.replace(store, root=root, cache=cache)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -257,7 +282,10 @@ def _checked(s: Settings, origin: str, base: Path) -> Settings:
                 raise ConfigError(f"{origin}: {label!r} names both {taken[label]} and {name}", code="E107")
             taken[label] = name
     return msgspec.structs.replace(
-        s, models={n: _resolved(n, m, base) for n, m in s.models.items()}, ledger=_ledger(s.ledger)
+        s,
+        models={n: _resolved(n, m, base) for n, m in s.models.items()},
+        ledger=_ledger(s.ledger),
+        store=placed_store(s.store, base),
     )
 
 

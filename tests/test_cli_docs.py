@@ -34,6 +34,7 @@ PLACES: dict[str, type[msgspec.Struct]] = {
     "cors.": Cors,
     "journal.": config.JournalSettings,
     "ledger.": config.LedgerSettings,
+    "store.": config.StoreSettings,
     "prices.MODEL.": config.Price,
 }
 PARENTS = {place.rstrip(".").removesuffix(".NAME").removesuffix(".MODEL") for place in PLACES} - {

@@ -20,7 +20,7 @@ from neaptide.cli import client
 from neaptide.cli.draw import size
 from neaptide.cli.host import free_gib, vector_unit
 from neaptide.clock import wall_s
-from neaptide.config import ModelSettings, Settings, host_port, load, parse
+from neaptide.config import ModelSettings, Settings, StoreSettings, host_port, load, parse
 from neaptide.control.backup import quick_check
 from neaptide.control.port import Status
 from neaptide.errors import ConfigError, NeaptideError
@@ -177,17 +177,24 @@ def in_force(kept: Path) -> tuple[str, Path] | None:
 def _models(settings: Settings | None) -> list[Check]:
     if settings is None:
         return []
-    return [_model(name, model) for name, model in settings.models.items()]
+    return [_model(name, model, settings.store) for name, model in settings.models.items()]
 
 
-def _model(name: str, model: ModelSettings) -> Check:
+def _model(name: str, model: ModelSettings, store: StoreSettings) -> Check:
     from neaptide.models import directory
-    from neaptide.models.sources import GUIDE, HUB_ID
+    from neaptide.models.sources import GUIDE, HUB_ID, STORED, opened
+    from neaptide.models.store import parse_ref
 
     if model.replicas:
         return Check("model", "ok", f"{name}: {len(model.replicas)} replicas that somebody else runs")
     if model.engine == "echo":
         return Check("model", "ok", f"{name}: echo, no weights")
+    if (model.source or "").startswith(STORED):
+        try:
+            latest = opened(store).latest(parse_ref((model.source or "").removeprefix(STORED)).name)
+        except NeaptideError as e:
+            return Check("model", "warn" if e.code == "E231" else "fail", f"{name}: [{e.code}] {e.what}", e.fix)
+        return Check("model", "ok", f"{name}: {model.source}; the store's latest is {latest[:12]}")
     path = GUIDE if model.source in (None, "guide") else Path(model.source or "").expanduser()
     if not path.exists() and HUB_ID.fullmatch(model.source or ""):
         return Check("model", "warn", f"{name}: {model.source} comes from the Hugging Face hub at the first start")

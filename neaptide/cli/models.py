@@ -10,6 +10,7 @@ import click
 from neaptide.cli import client
 from neaptide.cli.draw import count, size, span, table
 from neaptide.cli.session import Session, common
+from neaptide.cli.store import prune, pull, push, stored
 from neaptide.cli.words import say
 from neaptide.control.port import DeploymentStatus, Models, NotFoundError
 
@@ -17,6 +18,10 @@ from neaptide.control.port import DeploymentStatus, Models, NotFoundError
 @click.group("models", no_args_is_help=False, help=say("models.help"))
 def models() -> None:
     pass
+
+
+for verb in (push, pull, stored, prune):
+    models.add_command(verb)
 
 
 @models.command("list", help=say("models.list"))

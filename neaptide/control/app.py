@@ -21,7 +21,7 @@ import uvicorn
 
 from neaptide import lifeline
 from neaptide.clock import wall_s
-from neaptide.config import ModelSettings, Settings, parse
+from neaptide.config import ModelSettings, Settings, StoreSettings, parse
 from neaptide.control import answers, keep
 from neaptide.control.admin import Front, build_app
 from neaptide.control.books import Books
@@ -59,6 +59,7 @@ from neaptide.fleet.rpc import Client
 from neaptide.fleet.state import StateDir, write_private
 from neaptide.fleet.static import StaticDriver
 from neaptide.fleet.supervisor import Report
+from neaptide.models.hold import hold, release
 from neaptide.models.sources import resolve
 from neaptide.specs import ControlSpec, ReplicaSpec
 from neaptide.table import Fast, Gauges
@@ -79,7 +80,9 @@ class Control:
         self.text, self.origin = _kept(self.state)
         self.settings = parse(self.text, str(self.origin), self.origin.parent)
         self.sources: dict[str, Weights] = {}
-        self.deployments: tuple[Deployment, ...] = ()
+        self._held: list[int | None] = []  # those of them that a node's cache must not evict
+        self.deployments: tuple[Deployment, ...] = ()  # one a model
+        self.units: tuple[Deployment, ...] = ()  # what has replicas: pools, and models in none
         self.replicas: Sequence[Replica] = ()
         self.plans: deque[tuple[float, Plan]] = deque(maxlen=PLANS_KEPT)  # (wall s, plan), newest last
         self.failing: dict[str, str] = {}
@@ -262,10 +265,15 @@ class Control:
         """Put `settings` in force. ModelError when a source cannot be had: nothing has changed then."""
         sources = {}
         for name, model in settings.models.items():
-            sources[name] = await asyncio.to_thread(locate, model, self.state.cache, self._progress)
+            sources[name] = await asyncio.to_thread(locate, model, self.state.cache, self._progress, settings.store)
         deployments = tuple(deployment(n, m, sources[n].digest) for n, m in settings.models.items())
-        check(deployments)
-        self.settings, self.sources, self.deployments = settings, sources, deployments
+        units = units_of(settings, deployments)
+        check(units)
+        held = [hold(Path(w.path)) for w in sources.values() if w.path]  # a replica may start at any moment
+        for left in self._held:
+            release(left)
+        self.settings, self.sources, self._held = settings, sources, held
+        self.deployments, self.units = deployments, units
         now = int(wall_s())
         self.created_s = {d.model: self.created_s.get(d.model, now) for d in self.deployments}
         self.failing = {k: v for k, v in self.failing.items() if k in settings.models}
@@ -393,8 +401,8 @@ class Weights(NamedTuple):
     precision: str = ""
 
 
-def locate(model: ModelSettings, cache: Path, say: Callable[[str], None]) -> Weights:
-    """Find (and download, if it is on the hub) a model's weights. ModelError when they cannot be had."""
+def locate(model: ModelSettings, cache: Path, say: Callable[[str], None], store: StoreSettings) -> Weights:
+    """Find (and fetch, from hub or store) a model's weights. ModelError when they cannot be had."""
     if model.replicas or model.engine == "echo":
         return Weights()
     found = resolve(model.source, cache, say)

@@ -16,6 +16,7 @@ from typing import Any
 from neaptide.engine import openvino_pipeline as pipeline
 from neaptide.engine.blocks import PrefixModel, Reservations
 from neaptide.engine.protocol import Capacity, Description, Emission, Sampling
+from neaptide.models.hold import hold, release
 from neaptide.specs import ReplicaSpec
 
 
@@ -50,7 +51,9 @@ class OpenVinoEngine:
     """Implements Engine. `stages` is filled with load_s, calibrate_s and warmup_s."""
 
     def __init__(self, spec: ReplicaSpec, stages: dict[str, float]) -> None:
-        self._plan, self._pipeline = pipeline.load(pipeline.plan(spec), spec, stages)
+        planned = pipeline.plan(spec)
+        self._held = hold(planned.files.path)  # a node's cache does not evict what an engine maps
+        self._plan, self._pipeline = pipeline.load(planned, spec, stages)
         planned = self._plan
         self._model = spec.model
         self._kv = Reservations(planned.kv_blocks, pipeline.BLOCK_TOKENS)
@@ -163,6 +166,7 @@ class OpenVinoEngine:
         self._running.clear()
         self._leaving.clear()
         self._pipeline.step()
+        release(self._held)
 
     def _admit(self) -> None:
         """Hand over, in order, what fits with its whole answer: the library is never short of a block."""

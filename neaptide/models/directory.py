@@ -53,7 +53,7 @@ class ModelDir(msgspec.Struct, frozen=True, kw_only=True):
     def content_digest(self) -> str:
         """sha256 over every file's name and content, in name order; reads the whole directory."""
         digest = hashlib.sha256()
-        for file in _files(self.path):
+        for file in files(self.path):
             with file.open("rb") as content:
                 inner = hashlib.file_digest(content, "sha256").hexdigest()
             digest.update(f"{file.name}\0{inner}\n".encode())
@@ -224,7 +224,7 @@ def _precision(xml: Path) -> str:
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    for file in _files(path):
+    for file in files(path):
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\n".encode())
         with file.open("rb") as content:
@@ -234,7 +234,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _files(path: Path) -> Iterator[Path]:
+def files(path: Path) -> Iterator[Path]:
     """The model's files in name order; notes (README) and hidden files are not the model."""
     for file in sorted(path.iterdir()):
         if file.is_file() and not file.name.startswith(".") and file.suffix != ".md":

@@ -1,4 +1,4 @@
-"""Where a model comes from: the built-in guide, a directory, or a converted model on the Hugging Face hub."""
+"""Where a model comes from: the built-in guide, a directory, a store, or a converted model on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -7,30 +7,66 @@ import re
 import shutil
 from pathlib import Path
 
+from neaptide.config import StoreSettings
 from neaptide.errors import ModelError
-from neaptide.models import directory
+from neaptide.models import directory, store
+from neaptide.models.cache import Cache
 from neaptide.models.directory import ModelDir
 from neaptide.models.toolchain import Report
 
 GUIDE = Path(__file__).parent / "guide"
+STORED = "store:"
+NO_STORE = StoreSettings()
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,128})?")
 HUB_FILES = ["*.xml", "*.bin", "*.json", "*.jinja"]
 HUB_LEFT_OUT = ["openvino_tokenizer.*", "openvino_detokenizer.*", "pytorch_model*", "original/*"]
 
 
-def resolve(source: str | None, cache_dir: Path, report: Report) -> ModelDir:
-    """The checked directory of `source`: None or "guide" = built in; a path (anything that exists, or begins with
-    "." "/" "~"); else a Hugging Face id `org/name` or `org/name@revision`, downloaded once into `cache_dir`.
+def resolve(source: str | None, cache_dir: Path, report: Report, stored: StoreSettings = NO_STORE) -> ModelDir:
+    """The checked directory of `source`: None or "guide" = built in; `store:NAME` or `store:NAME@DIGEST`; a path
+    (anything that exists, or begins with "." "/" "~"); else a Hugging Face id `org/name` or `org/name@revision`,
+    downloaded once into `cache_dir`.
 
-    Raises ModelError: E201 nothing there, E202 a file missing or corrupt, E203 not converted, E204-E207 the hub.
-    Blocks while it downloads; `report` gets a line at each stage.
+    Raises ModelError: E201 nothing there, E202 a file missing or corrupt, E203 not converted, E204-E207 the hub,
+    E230-E234 the store. Blocks while it downloads; `report` gets a line at each stage.
     """
     if source is None or source == "guide":
         return directory.read(GUIDE, "guide")
+    if source.startswith(STORED):
+        return _from_store(store.parse_ref(source.removeprefix(STORED)), stored, report)
     path = Path(source).expanduser()
     if path.exists() or source[0] in "./~" or not HUB_ID.fullmatch(source):
         return directory.read(path)
     return _from_hub(source, cache_dir, report)
+
+
+def node_cache(settings: StoreSettings) -> Cache:
+    return Cache(Path(settings.cache).expanduser(), int(settings.cache_gib * (1 << 30)))
+
+
+def opened(settings: StoreSettings) -> store.Store:
+    """The store that is configured; ModelError E230 where none is."""
+    if settings.root:
+        return store.at(settings.root)
+    raise ModelError(
+        "no store is configured",
+        why="models of a store are named by `store:` and live in a directory or behind a URL",
+        fix="add `store: {root: DIR}` to neaptide.yaml, or pass --store DIR",
+        code="E230",
+    )
+
+
+def _from_store(ref: store.Ref, settings: StoreSettings, report: Report) -> ModelDir:
+    told = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        if done * 10 // total > told:
+            told = done * 10 // total
+            report(f"{ref.name}: {told * 10} % of {total / 1e6:,.1f} MB from the store")
+
+    path = node_cache(settings).pull(opened(settings), ref, report, tell)
+    return directory.read(path, ref.name)
 
 
 def _from_hub(source: str, cache_dir: Path, report: Report) -> ModelDir:

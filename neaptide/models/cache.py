@@ -1,0 +1,219 @@
+"""What this node keeps of a store: blobs, fetched once, and a directory of links to them for every model in use.
+
+    CACHE/blobs, CACHE/manifests   as in a store: what has been fetched
+    CACHE/models/NAME-DIGEST12/    the model's files, hard links to blobs: what an engine opens
+
+A model that nobody uses goes when room is needed, the one that was asked for longest ago first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from neaptide.errors import ModelError
+from neaptide.models.blobs import File, on_disk
+from neaptide.models.hold import free, hold, release
+from neaptide.models.store import DirectoryStore, Manifest, Ref, Store, Tell, decode
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One model in the cache."""
+
+    name: str
+    digest: str
+    size: int  # bytes of all its files; those shared with other models are counted for each
+    used_wall_s: float  # when it was asked for last
+    in_use: bool
+    whole: bool  # all files are here
+
+
+class Cache:
+    """The cache under `root`, at most `most_bytes` of blobs. Safe to use from many processes at once."""
+
+    def __init__(self, root: Path, most_bytes: int) -> None:
+        self.root, self.most_bytes = root, most_bytes
+        self._kept = DirectoryStore(root)
+        self._blobs = self._kept.blobs
+
+    def pull(self, store: Store, ref: Ref, report: Callable[[str], None], tell: Tell, *, verify: bool = False) -> Path:
+        """The directory of `ref`, fetched as far as it is not here; `report` gets lines, `tell` bytes of what must
+        come. `verify` reads what is here and fetches again what is damaged.
+
+        ModelError: E231 the store cannot be reached, E232 it has no such model, E233 damaged there, E234 no room.
+        """
+        found, raw = self._manifest(store, ref, report)
+        manifest, path = decode(raw, found.digest), self.path(found)
+        with on_disk(self.root):
+            if verify:
+                for file in manifest.files:
+                    self._blobs.verify(file)
+            with self._alone():
+                # Its manifest and a hold come before its files: so nobody takes them for left over.
+                self._kept.put(found.name, raw)
+                if not ref.digest:
+                    self._kept.set_latest(found)
+                path.mkdir(parents=True, exist_ok=True)
+                held = hold(path)
+            try:
+                missing = [file for file in manifest.files if not self._blobs.has(file)]
+                with self._alone():
+                    self._make_room(sum(map(self._blobs.lacks_bytes, missing)), found)
+                self._fetch(store, missing, tell)
+                self._link(path, manifest)
+            finally:
+                release(held)
+        return path
+
+    def path(self, ref: Ref) -> Path:
+        return self.root / "models" / f"{ref.name}-{ref.digest[:12]}"
+
+    def entries(self) -> list[Entry]:
+        """Every model here, the one that was asked for longest ago first."""
+        return sorted((self._entry(ref, m) for ref, m in self._models().items()), key=lambda e: e.used_wall_s)
+
+    def used_bytes(self) -> int:
+        """Of blobs, each counted once, those on their way included."""
+        return sum(self._blobs.sizes().values())
+
+    def prune(self, most_bytes: int) -> int:
+        """Let go of unused models until at most `most_bytes` are left; the bytes freed."""
+        with on_disk(self.root), self._alone():
+            before = self.used_bytes()
+            self._sweep()
+            for entry in self.entries():
+                if self.used_bytes() <= most_bytes:
+                    break
+                self._evict(entry)
+            return before - self.used_bytes()
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _manifest(self, store: Store, ref: Ref, report: Callable[[str], None]) -> tuple[Ref, bytes]:
+        """A pinned one that is here needs no store; of a name alone, this node's last one serves while it is away."""
+        if not ref.digest:
+            try:
+                ref = Ref(ref.name, store.latest(ref.name))
+            except ModelError as e:
+                if e.code != "E231" or (last := self._last(ref.name)) is None:
+                    raise
+                report(f"{e.what}; going on with {ref.name}@{last.digest[:12]}, the last one seen here")
+                ref = last
+        kept = self._manifest_here(ref)
+        return ref, store.manifest(ref) if kept is None else kept
+
+    def _last(self, name: str) -> Ref | None:
+        with contextlib.suppress(ModelError):
+            ref = Ref(name, self._kept.latest(name))
+            return ref if self._manifest_here(ref) is not None else None
+        return None
+
+    def _manifest_here(self, ref: Ref) -> bytes | None:
+        """None for one that is not here, or damaged: it is asked for again."""
+        with contextlib.suppress(ModelError):
+            raw = self._kept.manifest(ref)
+            decode(raw, ref.digest)
+            return raw
+        return None
+
+    def _models(self) -> dict[Ref, Manifest]:
+        found = {ref: self._manifest_here(ref) for ref in self._kept.refs()}
+        return {ref: decode(raw, ref.digest) for ref, raw in found.items() if raw is not None}
+
+    def _entry(self, ref: Ref, manifest: Manifest) -> Entry:
+        with free(self.path(ref)) as is_free:
+            return Entry(
+                name=ref.name,
+                digest=ref.digest,
+                size=manifest.size,
+                used_wall_s=self._kept.manifest_path(ref).stat().st_mtime,
+                in_use=not is_free,
+                whole=all(map(self._blobs.has, manifest.files)),
+            )
+
+    def _fetch(self, store: Store, missing: list[File], tell: Tell) -> None:
+        total = sum(file.size for file in missing)
+        done = total - sum(map(self._blobs.lacks_bytes, missing))
+
+        def came(count: int) -> None:
+            nonlocal done
+            done += count
+            tell(min(done, total), total)
+
+        for file in missing:
+            self._blobs.add(file, store.read, came)
+        if total:
+            tell(total, total)  # another process may have brought some of it
+
+    def _link(self, path: Path, manifest: Manifest) -> None:
+        """A name for each blob in the model's directory; a copy where the file system has no hard links."""
+        for file in manifest.files:
+            blob, place = self._blobs.path(file.sha256), path / file.name
+            if _same(blob, place):
+                continue
+            fresh = path / f".{file.name}.{os.getpid()}"
+            fresh.unlink(missing_ok=True)
+            try:
+                os.link(blob, fresh)
+            except OSError:
+                shutil.copy2(blob, fresh)
+            fresh.replace(place)
+
+    def _make_room(self, need: int, ref: Ref) -> None:
+        self._sweep()
+        for entry in self.entries():
+            if self._fits(need):
+                return
+            if (entry.name, entry.digest) != ref:
+                self._evict(entry)
+        if need and not self._fits(need):
+            raise ModelError(
+                f"{ref.name} needs {need >> 20} MiB more in the node's cache {self.root}",
+                why=f"{self.used_bytes() >> 20} of {self.most_bytes >> 20} MiB are taken by what is in use, "
+                f"and its disk has {shutil.disk_usage(self.root).free >> 20} MiB free",
+                fix="raise store.cache_gib, free some space, or name another disk as store.cache",
+                code="E234",
+            )
+
+    def _fits(self, need: int) -> bool:
+        return self.used_bytes() + need <= self.most_bytes and need <= shutil.disk_usage(self.root).free
+
+    def _evict(self, entry: Entry) -> None:
+        """Nothing happens where somebody uses it."""
+        ref = Ref(entry.name, entry.digest)
+        with free(self.path(ref)) as is_free:
+            if is_free:
+                self._kept.manifest_path(ref).unlink(missing_ok=True)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what no manifest names any more; a directory that is still held stays, and with it its content."""
+        models = self._models()
+        self._blobs.keep_only({file.sha256 for m in models.values() for file in m.files})
+        named = {self.path(ref) for ref in models}
+        for path in (self.root / "models").glob("*"):
+            with free(path) as is_free:
+                if is_free and path not in named:
+                    shutil.rmtree(path)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time decides what is kept; downloads go on beside it."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (self.root / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _same(blob: Path, place: Path) -> bool:
+    """A link to the blob, or a copy made of it (which keeps its time)."""
+    with contextlib.suppress(FileNotFoundError):
+        one, other = blob.stat(), place.stat()
+        return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
+    return False
