@@ -81,8 +81,7 @@ class Control:
         self.settings = parse(self.text, str(self.origin), self.origin.parent)
         self.sources: dict[str, Weights] = {}
         self._held: list[int | None] = []  # those of them that a node's cache must not evict
-        self.deployments: tuple[Deployment, ...] = ()  # one a model
-        self.units: tuple[Deployment, ...] = ()  # what has replicas: pools, and models in none
+        self.deployments: tuple[Deployment, ...] = ()
         self.replicas: Sequence[Replica] = ()
         self.plans: deque[tuple[float, Plan]] = deque(maxlen=PLANS_KEPT)  # (wall s, plan), newest last
         self.failing: dict[str, str] = {}
@@ -267,13 +266,12 @@ class Control:
         for name, model in settings.models.items():
             sources[name] = await asyncio.to_thread(locate, model, self.state.cache, self._progress, settings.store)
         deployments = tuple(deployment(n, m, sources[n].digest) for n, m in settings.models.items())
-        units = units_of(settings, deployments)
-        check(units)
+        check(deployments)
         held = [hold(Path(w.path)) for w in sources.values() if w.path]  # a replica may start at any moment
         for left in self._held:
             release(left)
         self.settings, self.sources, self._held = settings, sources, held
-        self.deployments, self.units = deployments, units
+        self.deployments = deployments
         now = int(wall_s())
         self.created_s = {d.model: self.created_s.get(d.model, now) for d in self.deployments}
         self.failing = {k: v for k, v in self.failing.items() if k in settings.models}
@@ -405,7 +403,7 @@ def locate(model: ModelSettings, cache: Path, say: Callable[[str], None], store:
     """Find (and fetch, from hub or store) a model's weights. ModelError when they cannot be had."""
     if model.replicas or model.engine == "echo":
         return Weights()
-    found = resolve(model.source, cache, say)
+    found = resolve(model.source, cache, say, store)
     return Weights(str(found.path), found.digest, found.precision)
 
 
