@@ -19,7 +19,7 @@ import yaml
 
 from neaptide.errors import ConfigError
 from neaptide.table import Cors, Limits, Timeouts
-from neaptide.types import Event, Rule, Scale, Slo
+from neaptide.types import Event, Rule, Scale, Slo, Standby
 
 DEFAULT_TEXT = """\
 # neaptide.yaml: what `neaptide up` serves. docs/configuration.md lists every key.
@@ -260,7 +260,7 @@ def _unknown_key(name: str, where: str, origin: str) -> ConfigError:
 
 
 def _parts() -> list[type[msgspec.Struct]]:
-    return [*Part.__subclasses__(), Limits, Cors, Timeouts, Scale, Slo, Rule, Event]
+    return [*Part.__subclasses__(), Limits, Cors, Timeouts, Scale, Standby, Slo, Rule, Event]
 
 
 def _checked(s: Settings, origin: str, base: Path) -> Settings:
@@ -367,3 +367,6 @@ def _ledger(ledger: LedgerSettings) -> LedgerSettings:
     if ledger.url.startswith(("env:", "file:")):
         return msgspec.structs.replace(ledger, url=secret(ledger.url, "ledger.url"))
     return ledger
+    if s.standby.max < 0 or not 0 < s.standby.rent <= 1:
+        what = f"{key}.standby: max {s.standby.max}, rent {s.standby.rent:g}"
+        raise ConfigError(what, code="E108", fix="max: 0 or more; rent: over 0, at most 1, such as 0.1")

@@ -13,7 +13,8 @@ from neaptide.cli.session import colours
 
 Rows = Sequence[Sequence[str]]
 PAINT = {"ready": "green", "ok": "green", "fail": "red", "dead": "red", "warn": "yellow", "starting": "yellow"}
-PAINT |= {"draining": "yellow", "error": "red", "lost": "red", "timeout": "red", "aborted": "yellow"}
+PAINT |= {"draining": "yellow", "standby": "yellow", "aborted": "yellow"}
+PAINT |= {"error": "red", "lost": "red", "timeout": "red"}
 
 
 def table(title: str, headers: Sequence[str], rows: Rows) -> None:

@@ -56,8 +56,9 @@ def _row(r: ScaleRow, currency: str) -> list[str]:
         return [r.model, str(r.ready), "-", "-", "-", say("status.remote"), *_traffic(r), "-", "-"]
     policy = say("scale.by_hand") if r.override else r.policy
     cost = f"{price(r.cost_per_hour, currency)}/h" if r.cost_per_hour is not None else "-"
+    ready = f"{r.ready} ({say('scale.standby', n=r.standby)})" if r.standby else str(r.ready)
     serves = f"{r.capacity_rps:.1f}/s" if r.traits.learnt == "measured" else f"~{r.capacity_rps:.1f}/s"
-    return [r.model, str(r.ready), str(r.starting), str(r.wanted), f"{r.min}-{r.max}", policy, *_traffic(r), serves,
+    return [r.model, ready, str(r.starting), str(r.wanted), f"{r.min}-{r.max}", policy, *_traffic(r), serves,
             cost]  # fmt: skip
 
 

@@ -59,7 +59,9 @@ def _deployments(s: Status) -> None:
 
 def _deployment(d: DeploymentStatus) -> list[str]:
     name = f"{d.model} ({', '.join(d.aliases)})" if d.aliases else d.model
+    name += f" @ {d.pool}" if d.pool else ""
     ready = f"{d.ready}+{d.starting}" if d.starting else str(d.ready)
+    ready += f" ({say('scale.standby', n=d.standby)})" if d.standby else ""
     scale = f"{d.scale.min}-{d.scale.max}" if d.engine else "-"
     return [name, d.revision or "-", d.engine or say("status.remote"), scale, ready, count(d.running),
             count(d.waiting), d.failing]  # fmt: skip

@@ -1,9 +1,10 @@
 """What the fleet should be: a pure function of a snapshot. The simulator's policies are the ones that are asked.
 
 How many replicas a model should have is `size`'s to say where its count may change (`scale.min` elsewhere). A new
-revision is rolled by surge: its replicas start beside the old ones, which drain once the new are ready. A replica that
-dies, or never gets ready, is started again after a pause that doubles with each death in a row and is forgiven once a
-successor has lived for STEADY_S.
+revision is rolled by surge: its replicas start beside the old ones, which drain once the new are ready. What is let go
+may stand by for a while and wakes before another one is launched (`standby`). A replica that dies, or never gets ready,
+is started again after a pause that doubles with each death in a row and is forgiven once a successor has lived for
+STEADY_S.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from neaptide.control.choices import choice
 from neaptide.control.reasons import reason, words
 from neaptide.control.size import Case, Fleet, Sized, size
+from neaptide.control.standby import Pool, pool
 from neaptide.types import Carry, Choice, Deployment, Launch, Plan, Reason, Replica, Snapshot, Traits
 
 FIRST_PAUSE_S = 0.5
@@ -43,6 +45,8 @@ def decide(snapshot: Snapshot, carry: Carry) -> tuple[Plan, Carry]:
     plan = Plan(
         launches=tuple(x for s in steps for x in s.launches),
         drains=(*(x for s in steps for x in s.drains), *gone),
+        parks=tuple(x for s in steps for x in s.pool.parks),
+        wakes=tuple(x for s in steps for x in s.pool.wakes),
         reasons=tuple(map(words, why)),
         why=why,
         choices=tuple(s.choice for s in steps if s.choice is not None),
@@ -79,6 +83,7 @@ class Step(NamedTuple):
     drains: list[str]
     why: list[Reason]
     stuck: list[str]
+    pool: Pool
     choice: Choice | None
 
 
@@ -93,15 +98,22 @@ def _step(
     snapshot: Snapshot,
 ) -> Step:
     want = sized.wanted if sized else deployment.scale.min
-    launches, why = _launches(deployment, want, mine, taken, carry, snapshot.now_s)
-    drains, why_drain = _drains(deployment, want, mine)
+    case, now_s = _case(deployment, fleet, snapshot, carry), snapshot.now_s
+    alive = [r for r in mine if r.revision == deployment.stable.id and r.state in ("starting", "ready")]
+    standing = [r for r in mine if r.state == "standby"]
+    leaving = _least_busy_first(alive)[: max(0, len(alive) - want)]
+    rest = pool(deployment, case.traits, standing, leaving, max(0, want - len(alive)), want, now_s)
+    launches, why = _launches(deployment, want, len(alive) + len(rest.wakes), taken, carry, now_s)
+    ending = [r for r in leaving if r.id not in rest.parks]
+    drains, why_drain = _drains(deployment, want, mine, ending, len(alive))
     said = None
-    if sized is not None or launches or drains:
-        asked = sized.asked if sized else None
-        wait = why[0] if why and not launches else None
-        said = choice(_case(deployment, fleet, snapshot, carry), asked, bool(launches), bool(drains), wait, snapshot)
+    if sized is not None or launches or drains or rest.drains:
+        asked, wait = sized.asked if sized else None, why[0] if why and not launches else None
+        up, down = bool(launches or rest.wakes), bool(drains or rest.parks)
+        said = choice(case, asked, up, down, wait, len(standing), rest, snapshot)
     never = [reason("stuck", of=id) for id in sorted(stuck)]
-    return Step(launches, [*sorted(stuck), *drains], [*never, *why, *why_drain], sorted(stuck), said)
+    all_why = [*never, *why, *why_drain, *rest.why]
+    return Step(launches, [*sorted(stuck), *drains, *rest.drains], all_why, sorted(stuck), rest, said)
 
 
 def _case(deployment: Deployment, fleet: Fleet, snapshot: Snapshot, carry: Carry) -> Case:
@@ -129,7 +141,8 @@ def _fleet(deployment: Deployment, mine: list[Replica], carry: Carry) -> Fleet:
 
 def _unknown(snapshot: Snapshot) -> tuple[list[str], list[Reason]]:
     known = {d.model for d in snapshot.deployments}
-    gone = [r for r in snapshot.replicas if r.deployment not in known and r.state in ("starting", "ready")]
+    living = ("starting", "ready", "standby")
+    gone = [r for r in snapshot.replicas if r.deployment not in known and r.state in living]
     return [r.id for r in gone], [reason("gone", of=r.id, model=r.deployment) for r in gone]
 
 
@@ -159,11 +172,10 @@ def _steady(replicas: Iterable[Replica], now_s: float) -> bool:
 
 
 def _launches(
-    deployment: Deployment, want: int, mine: list[Replica], taken: set[str], carry: Carry, now_s: float
+    deployment: Deployment, want: int, there: int, taken: set[str], carry: Carry, now_s: float
 ) -> tuple[list[Launch], list[Reason]]:
     name, revision = deployment.model, deployment.stable.id
-    alive = [r for r in mine if r.revision == revision and r.state in ("starting", "ready")]
-    missing = want - len(alive)
+    missing = want - there
     if missing <= 0:
         return [], []
     wait_s = carry.not_before_s.get(name, -math.inf) - now_s
@@ -172,7 +184,7 @@ def _launches(
         return [], [reason("pause", of=name, missing=missing, wait_s=wait_s, deaths=deaths)]
     launches = [Launch(deployment=name, replica=_free_id(name, taken), epoch=0) for _ in range(missing)]
     ids = ", ".join(x.replica for x in launches)
-    return launches, [reason("start", of=name, ids=ids, there=len(alive), want=want, revision=revision)]
+    return launches, [reason("start", of=name, ids=ids, there=there, want=want, revision=revision)]
 
 
 def _free_id(name: str, taken: set[str]) -> str:
@@ -185,7 +197,9 @@ def _free_id(name: str, taken: set[str]) -> str:
     return f"{safe}-{n}"
 
 
-def _drains(deployment: Deployment, want: int, mine: list[Replica]) -> tuple[list[str], list[Reason]]:
+def _drains(
+    deployment: Deployment, want: int, mine: list[Replica], leaving: list[Replica], there: int
+) -> tuple[list[str], list[Reason]]:
     revision = deployment.stable.id
     ready = [r for r in mine if r.revision == revision and r.state == "ready"]
     old = [r for r in mine if r.revision != revision and r.state in ("starting", "ready")]
@@ -196,10 +210,8 @@ def _drains(deployment: Deployment, want: int, mine: list[Replica]) -> tuple[lis
         why += [reason("replaced", of=r.id, revision=revision, want=want) for r in old]
     elif old:
         why.append(reason("surge", of=deployment.model, old=len(old), want=want, revision=revision))
-    alive = [r for r in mine if r.revision == revision and r.state in ("starting", "ready")]
-    for r in _least_busy_first(alive)[: max(0, len(alive) - want)]:
-        out.append(r.id)
-        why.append(reason("spare", of=r.id, there=len(alive), want=want))
+    out += [r.id for r in leaving]
+    why += [reason("spare", of=r.id, there=there, want=want) for r in leaving]
     return out, why
 
 

@@ -61,7 +61,7 @@ class DecisionJournal:
         """Whether it was worth a line."""
         plan, now_s = line.plan, line.snapshot.now_s
         self._note_choices(line)
-        key = (plan.launches, plan.drains, _reasons(plan), tuple(map(_mind, plan.choices)))
+        key = (plan.launches, plan.drains, plan.parks, plan.wakes, _reasons(plan), tuple(map(_mind, plan.choices)))
         if key == self._last_key and now_s - self._last_s < EVERY_S:
             return False
         self._last_key, self._last_s = key, now_s
@@ -72,6 +72,8 @@ class DecisionJournal:
                 reasons=(*plan.reasons, *sentences) or ("hold: every deployment has what it should",),
                 launches=tuple(x.replica for x in plan.launches),
                 drains=plan.drains,
+                parks=plan.parks,
+                wakes=plan.wakes,
                 choices=plan.choices,
             )
         )
@@ -86,7 +88,7 @@ class DecisionJournal:
 
     def _cut(self, line: Line) -> Line:
         """Without the policies' memory where the line is not worth replaying."""
-        acts = bool(line.plan.launches or line.plan.drains)
+        acts = any((line.plan.launches, line.plan.drains, line.plan.parks, line.plan.wakes))
         whole = acts or not line.carry.policies or line.snapshot.now_s - self._whole_s >= WHOLE_EVERY_S
         if whole:
             self._whole_s = line.snapshot.now_s
@@ -138,7 +140,7 @@ def _without_memory(carry: Carry) -> Carry:
 
 def _mind(choice: Choice) -> tuple[object, ...]:
     """What of a choice is a change of mind, and not a number that wanders."""
-    return choice.model, choice.action, choice.after, choice.clamp, choice.policy
+    return choice.model, choice.action, choice.after, choice.clamp, choice.policy, choice.standby
 
 
 def _reasons(plan: Plan) -> tuple[str, ...]:

@@ -129,12 +129,17 @@ class Loop:
                 for driver in self._drivers:
                     await driver.forget(replica.id)
         for launch in plan.launches:
+        for driver in self._drivers:  # first: a request may wait for it
+            for id in plan.wakes:
+                await driver.wake(id)
             try:
                 await self._drivers[0].launch(launch, deployments[launch.deployment])
             except NeaptideError as e:
                 failed.append(_stillborn(launch.replica, deployments[launch.deployment], e))
-        for id in plan.drains:
-            for driver in self._drivers:
+        for driver in self._drivers:
+            for id in plan.parks:
+                await driver.park(id)
+            for id in plan.drains:
                 await driver.drain(id)
         return failed
 
@@ -147,8 +152,9 @@ class Loop:
         for d in elastic:
             load = snapshot.loads.get(d.model)
             if load is not None and not is_stale(load) and load.tick_s > 0:
-                alive = sum(r.deployment == d.model and r.state in ("starting", "ready") for r in snapshot.replicas)
-                self.shadows.step(d, load, snapshot.traits[d.model], alive, snapshot.now_wall_s)
+                shares = {"starting": 1.0, "ready": 1.0, "standby": d.scale.standby.rent}
+                paid = sum(shares.get(r.state, 0.0) for r in snapshot.replicas if r.deployment == d.model)
+                self.shadows.step(d, load, snapshot.traits[d.model], paid, snapshot.now_wall_s)
 
 
 class SteadyWall:

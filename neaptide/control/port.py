@@ -84,6 +84,7 @@ class DeploymentStatus(Answer, frozen=True):
     ready: int = 0  # replicas
     starting: int = 0
     running: int = 0  # requests
+    standby: int = 0
     waiting: int = 0  # requests waiting in the gateways
     failing: str = ""  # why no replica starts
 
@@ -176,6 +177,8 @@ class Decision(Answer, frozen=True):
     launches: tuple[str, ...] = ()  # replica ids
     drains: tuple[str, ...] = ()
     choices: tuple[Choice, ...] = ()  # a model each, of those whose count may change
+    parks: tuple[str, ...] = ()  # that stand by from then on
+    wakes: tuple[str, ...] = ()
 
 
 class Decisions(Answer, frozen=True):
@@ -209,6 +212,7 @@ class ScaleRow(Answer, frozen=True):
     choice: Choice | None = None  # the same as facts
     cost_per_hour: float | None = None  # of what is there; None: no price is known
 
+    standby: int = 0  # replicas that are loaded and given no requests
 
 class Scales(Answer, frozen=True):
     currency: str

@@ -25,6 +25,7 @@ from neaptide.control.port import (
 )
 from neaptide.control.shadow import NAMES, REAL, Day
 from neaptide.control.size import is_stale, key_of, policy_name, policy_of
+from neaptide.control.standby import rent_per_hour
 from neaptide.control.traits import Learnt, Told, add
 from neaptide.errors import ConfigError, StorageError
 from neaptide.types import Choice, Deployment, Load, Override, Steps, Traits
@@ -149,7 +150,7 @@ class Scaling:
     def row(self, d: Deployment) -> ScaleRow:
         c = self._control
         mine = [r for r in c.replicas if r.deployment == d.model]
-        ready, starting = (sum(r.state == s for r in mine) for s in ("ready", "starting"))
+        ready, starting, standby = (sum(r.state == s for r in mine) for s in ("ready", "starting", "standby"))
         learnt, choice, load = c.loop.learnt.models.get(d.model, Learnt()), self._choice(d.model), self._load(d.model)
         traits = c.loop.snapshot.traits.get(d.model, Traits()) if c.loop.snapshot else Traits()
         price, wanted = d.scale.price_per_hour, c.loop.carry.wanted.get(d.model, d.scale.min)
@@ -174,7 +175,8 @@ class Scaling:
             clamp=choice.clamp if choice else "",
             sentence=choice.sentence if choice else "",
             choice=choice,
-            cost_per_hour=round((ready + starting) * price, 9) if price else None,
+            standby=standby,
+            cost_per_hour=round((ready + starting) * price + rent_per_hour(d.scale, standby), 9) if price else None,
         )
 
     def choices(self, model: str, limit: int) -> Choices:

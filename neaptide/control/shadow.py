@@ -41,7 +41,7 @@ class Days(msgspec.Struct, frozen=True, kw_only=True):
 class Shadow:
     """One model's. `step` takes a beat's Load; `days` is what came of it."""
 
-    def __init__(self, deployment: Deployment, traits: Traits, present: int, days: dict[str, dict[str, Day]]) -> None:
+    def __init__(self, deployment: Deployment, traits: Traits, present: float, days: dict[str, dict[str, Day]]) -> None:
         self.days = days
         self._deployment, self._traits = deployment, traits
         scale = deployment.scale
@@ -52,8 +52,8 @@ class Shadow:
         self._lanes, self._seen = self._world(np.full(len(NAMES), float(present)), np.zeros(len(NAMES)))
         self._arrivals = self._spent_s = 0.0
 
-    def step(self, load: Load, traits: Traits, present: int, now_s: float) -> None:
-        """A beat. `now_s`: the policies' time, wall seconds."""
+    def step(self, load: Load, traits: Traits, present: float, now_s: float) -> None:
+        """A beat. `present`: replicas that are paid for; `now_s`: the policies' time, wall seconds."""
         self._add(_day(now_s), REAL, present * load.tick_s, load.arrivals, load.late)
         self._arrivals += load.arrivals
         self._spent_s += load.tick_s
@@ -109,7 +109,7 @@ class Shadows:
         self._days = {m: {d: dict(rows) for d, rows in days.items()} for m, days in kept.models.items()}
         self._shadows: dict[str, tuple[Deployment, Shadow]] = {}
 
-    def step(self, d: Deployment, load: Load, traits: Traits, present: int, now_s: float) -> None:
+    def step(self, d: Deployment, load: Load, traits: Traits, present: float, now_s: float) -> None:
         known = self._shadows.get(d.model)
         if known is None or (known[0].scale, known[0].slo) != (d.scale, d.slo):
             known = self._shadows[d.model] = (d, Shadow(d, traits, present, self._days.setdefault(d.model, {})))

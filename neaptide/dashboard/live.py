@@ -64,7 +64,7 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
 
     ready: int = 0
     starting: int = 0
-    billed: int = 0  # ready, starting, draining: what costs
+    billed: float = 0.0  # ready, starting, draining, and standbys by their rent: what costs
     wanted: float = NAN
     slots: float = NAN  # NaN: without limit, or not told
     capacity_per_s: float = NAN
