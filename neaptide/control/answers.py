@@ -98,15 +98,13 @@ def replicas(c: Control) -> list[ReplicaStatus]:
 
 
 def deployments(c: Control) -> tuple[DeploymentStatus, ...]:
-    running, waiting = c.running_of(), c.waiting_of()
+    loads, waiting = c.load_of(), c.waiting_of()
     out = []
     for d in c.deployments:
         m = c.settings.models[d.model]
-        unit = c.unit_of(d.model)
-        mine = [r for r in c.replicas if r.deployment == unit.model]
+        mine = [r for r in c.replicas if r.deployment == d.model]
         weights = c.sources[d.model]
-        about = [c.local.about(r.id) for r in mine]
-        traits = next((t for a in about if (t := a.members.get(d.model, a.description))), None)
+        traits = next((t for r in mine if (t := c.local.about(r.id).description)), None)
         out.append(
             DeploymentStatus(
                 model=d.model,
@@ -116,13 +114,12 @@ def deployments(c: Control) -> tuple[DeploymentStatus, ...]:
                 source=weights.path or (m.source or ""),
                 context_tokens=traits.context_tokens if traits else None,
                 precision=weights.precision,
-                pool=unit.model if unit.members else "",
-                scale=unit.scale,
+                scale=d.scale,
                 slo=d.slo,
                 ready=sum(r.state == "ready" for r in mine),
                 starting=sum(r.state == "starting" for r in mine),
                 standby=sum(r.state == "standby" for r in mine),
-                running=running.get(d.model, 0),
+                running=sum(loads.get(r.id, 0) for r in mine),
                 waiting=waiting.get(d.model, 0),
                 failing=c.failing.get(d.model, ""),
             )
