@@ -324,6 +324,9 @@ def _check_scale(s: Scale, key: str) -> None:
             raise ConfigError(f"{key}.{name}: {price:g}", code="E108", fix="0 or more")
     if s.budget_per_hour is not None and not s.price_per_hour:
         raise ConfigError(f"{key}: a budget without a price", code="E108", fix=f"add {key}.price_per_hour")
+    if s.standby.max < 0 or not 0 < s.standby.rent <= 1:
+        what = f"{key}.standby: max {s.standby.max}, rent {s.standby.rent:g}"
+        raise ConfigError(what, code="E108", fix="max: 0 or more; rent: over 0, at most 1, such as 0.1")
     if bool(s.rules) != (s.policy == "thresholds"):
         fix = f"add {key}.rules" if not s.rules else f"set {key}.policy: thresholds, or remove the rules"
         raise ConfigError(f"{key}: policy {s.policy} with {len(s.rules)} rules", code="E108", fix=fix)
@@ -367,6 +370,3 @@ def _ledger(ledger: LedgerSettings) -> LedgerSettings:
     if ledger.url.startswith(("env:", "file:")):
         return msgspec.structs.replace(ledger, url=secret(ledger.url, "ledger.url"))
     return ledger
-    if s.standby.max < 0 or not 0 < s.standby.rent <= 1:
-        what = f"{key}.standby: max {s.standby.max}, rent {s.standby.rent:g}"
-        raise ConfigError(what, code="E108", fix="max: 0 or more; rent: over 0, at most 1, such as 0.1")

@@ -128,10 +128,10 @@ class Loop:
             if replica.state == "dead":
                 for driver in self._drivers:
                     await driver.forget(replica.id)
-        for launch in plan.launches:
         for driver in self._drivers:  # first: a request may wait for it
             for id in plan.wakes:
                 await driver.wake(id)
+        for launch in plan.launches:
             try:
                 await self._drivers[0].launch(launch, deployments[launch.deployment])
             except NeaptideError as e:

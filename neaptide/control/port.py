@@ -83,8 +83,8 @@ class DeploymentStatus(Answer, frozen=True):
     slo: Slo = Slo()
     ready: int = 0  # replicas
     starting: int = 0
-    running: int = 0  # requests
     standby: int = 0
+    running: int = 0  # requests
     waiting: int = 0  # requests waiting in the gateways
     failing: str = ""  # why no replica starts
 
@@ -176,9 +176,9 @@ class Decision(Answer, frozen=True):
     reasons: tuple[str, ...] = ()
     launches: tuple[str, ...] = ()  # replica ids
     drains: tuple[str, ...] = ()
-    choices: tuple[Choice, ...] = ()  # a model each, of those whose count may change
     parks: tuple[str, ...] = ()  # that stand by from then on
     wakes: tuple[str, ...] = ()
+    choices: tuple[Choice, ...] = ()  # a model each, of those whose count may change
 
 
 class Decisions(Answer, frozen=True):
@@ -210,9 +210,9 @@ class ScaleRow(Answer, frozen=True):
     clamp: str = ""  # budget | max | min | override: what stands above the policy
     sentence: str = ""  # in English
     choice: Choice | None = None  # the same as facts
+    standby: int = 0  # replicas that are loaded and given no requests
     cost_per_hour: float | None = None  # of what is there; None: no price is known
 
-    standby: int = 0  # replicas that are loaded and given no requests
 
 class Scales(Answer, frozen=True):
     currency: str
