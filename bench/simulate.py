@@ -22,9 +22,9 @@ import numpy as np
 
 from bench import kit
 from neaptide.simulate.arrivals import Requests
-from neaptide.simulate.engine import Book, Traits
+from neaptide.simulate.engine import Book, Engine, Traits
+from neaptide.simulate.even import jumping
 from neaptide.simulate.exact import Exact
-from neaptide.simulate.fast import Fast
 from neaptide.simulate.replay import replay
 from neaptide.simulate.settings import Setup, capacity
 
@@ -58,11 +58,16 @@ def best_s(repeat: int, run: Callable[[], object]) -> float:
     return min(found)
 
 
-def alone(kind: type[Fast] | type[Exact], traits: Traits, requests: Requests) -> Book:
+def alone(kind: Callable[[Traits, Book], Engine], traits: Traits, requests: Requests) -> Book:
     """All by one engine."""
     book = Book(requests, 1, 1)
     kind(traits, book).run(range(len(book.prompt)), book.arrived_s, 1e12)
     return book
+
+
+def jumped(traits: Traits, book: Book) -> Engine:
+    """The fast tier's engine, as a replay chooses it."""
+    return jumping(traits, book)(traits, book)
 
 
 def speeds(rows: int, repeat: int) -> list[dict[str, Any]]:
@@ -71,7 +76,7 @@ def speeds(rows: int, repeat: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"load": load}
         for name, traits in (("plain_queue", PLAIN), ("kv_memory", Traits())):
             requests = asked(rows, rate_of(traits, load))
-            row[name] = rows / best_s(repeat, lambda t=traits, r=requests: alone(Fast, t, r))  # type: ignore[misc]
+            row[name] = rows / best_s(repeat, lambda t=traits, r=requests: alone(jumped, t, r))  # type: ignore[misc]
         many = asked(rows, REPLICAS * rate_of(Traits(), load))
         blind = Setup(replicas=REPLICAS, line="replica", route="round-robin")
         for name, setup in (("replicas_round_robin", blind), ("replicas_least_loaded", Setup(replicas=REPLICAS))):
@@ -90,7 +95,7 @@ def differences(rows: int) -> list[dict[str, Any]]:
             start = time.process_time()
             exact = alone(Exact, traits, requests)
             took_s = time.process_time() - start
-            fast = alone(Fast, traits, requests)
+            fast = alone(jumped, traits, requests)
             row: dict[str, Any] = {"load": load, "kind": name, "preempted": sum(exact.preempted)}
             row["exact_per_cpu_s"] = rows / took_s
             for what, values in (

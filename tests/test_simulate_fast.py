@@ -15,6 +15,7 @@ from neaptide.simulate.engine import Book, Traits
 from neaptide.simulate.even import Even, jumping
 from neaptide.simulate.exact import Exact
 from neaptide.simulate.fast import Fast
+from neaptide.simulate.plain import Plain
 from neaptide.simulate.steps import Grid, Linear
 from tests.engine_runs import Row, chat, check_served_once, requests, rows, served, traits, ttft
 
@@ -105,10 +106,47 @@ def test_the_even_engine_is_for_steps_that_nothing_changes() -> None:
     book = Book(chat(10, 1.0, 1), 1, 1)
     even = Traits(step=Linear(base_s=0.1), chunk_tokens=10**9, kv_tokens=None)
     assert jumping(even, book) is Even
-    for changed in (
-        {"step": Linear(base_s=0.1, token_s=1e-6)}, {"step": GRID}, {"kv_tokens": 10_000}, {"chunk_tokens": 100}
+    for changed, kind in (
+        ({"step": Linear(base_s=0.1, token_s=1e-6)}, Plain), ({"chunk_tokens": 100}, Plain),
+        ({"step": GRID}, Fast), ({"kv_tokens": 10_000}, Fast),
     ):  # fmt: skip
-        assert jumping(msgspec.structs.replace(even, **changed), book) is Fast
+        assert jumping(msgspec.structs.replace(even, **changed), book) is kind
+
+
+@given(rows(), st.integers(1, 6), st.integers(1, 64), st.sampled_from((STEP, Linear(base_s=0.3))), st.integers(1, 30))
+@settings(max_examples=200, deadline=None)
+def test_the_plain_engine_says_the_same_to_the_last_digit_in_pieces_of_any_length(
+    asked: list[Row], batch: int, chunk: int, step: Linear, piece: int
+) -> None:
+    setup = Traits(step=step, max_batch=batch, chunk_tokens=chunk, kv_tokens=None)
+    asked = [(at_s + turn * 7.3, prompt, out) for turn in range(4) for at_s, prompt, out in asked]
+    asked.sort()
+    fast, _ = served(Fast, setup, requests(asked))
+    book = Book(requests(asked), 1, 1)
+    engine = Plain(setup, book)
+    for first in range(0, len(asked), piece):
+        times = book.arrived_s[first : first + piece]
+        engine.run(range(first, first + len(times)), times, times[-1])
+    engine.run((), (), 1e9)
+    check_served_once(book, engine)
+    assert (book.first_s, book.finish_s) == (fast.first_s, fast.finish_s)
+
+
+@given(rows(), st.integers(1, 6), st.integers(1, 64), st.floats(0, 30))
+@settings(max_examples=60, deadline=None)
+def test_a_plain_replica_that_goes_has_made_the_same_tokens(
+    asked: list[Row], batch: int, chunk: int, after_s: float
+) -> None:
+    setup = Traits(step=STEP, max_batch=batch, chunk_tokens=chunk, kv_tokens=None)
+    asked = sorted(asked * 8)
+    made = []
+    for kind in (Fast, Plain):
+        book = Book(requests(asked), 1, 1)
+        engine = kind(setup, book)
+        ids = [id for id, at in enumerate(book.arrived_s) if at <= after_s]
+        engine.run(ids, [book.arrived_s[id] for id in ids], after_s)
+        made.append((engine.drop(after_s), book.made, engine.in_flight))
+    assert made[0] == made[1]
 
 
 def without_memory(setup: Traits) -> Traits:

@@ -11,6 +11,7 @@ from heapq import heappop, heappush
 
 from neaptide.simulate.engine import Book, Traits
 from neaptide.simulate.fast import ID_BITS, ID_MASK, IDLE, Fast
+from neaptide.simulate.plain import Plain, is_plain
 from neaptide.simulate.steps import Linear
 
 
@@ -26,7 +27,9 @@ def is_even(traits: Traits, book: Book) -> bool:
 
 def jumping(traits: Traits, book: Book) -> type[Even] | type[Fast]:
     """The fast tier's engine for this run."""
-    return Even if is_even(traits, book) else Fast
+    if is_even(traits, book):
+        return Even
+    return Plain if is_plain(traits, book) else Fast
 
 
 class Even:
