@@ -29,6 +29,7 @@ models:
   guide: {}   # the built-in model
 """
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+POOLED = 4  # models in one replica, at most
 T = TypeVar("T")
 
 
@@ -74,6 +75,13 @@ class ModelSettings(Part, frozen=True, kw_only=True):
     prefix_cache: Literal["shared", "tenant", "off"] = "shared"
 
 
+class PoolSettings(Part, frozen=True, kw_only=True):
+    """Several small models in each of its replicas."""
+
+    models: tuple[str, ...]  # at most POOLED
+    scale: Scale = Scale()  # of the pool; its models have none of their own
+
+
 class AdminSettings(Part, frozen=True, kw_only=True):
     listen: str | None = None  # None: 127.0.0.1:8001, or a free port when `up --port` is given
 
@@ -108,6 +116,7 @@ class Settings(Part, frozen=True, kw_only=True):
     listen: str = "127.0.0.1:8000"
     admin: AdminSettings = AdminSettings()
     models: dict[str, ModelSettings] = {}
+    pools: dict[str, PoolSettings] = {}
     auth: Literal["keys", "off"] = "keys"
     limits: Limits = Limits()
     cors: Cors = Cors()
@@ -142,6 +151,9 @@ def parse(text: str, origin: str, base: Path = Path()) -> Settings:
     if isinstance(tree, dict) and isinstance(tree.get("models"), dict):
         for name, model in tree["models"].items():  # one by one: msgspec names no dictionary key in its errors
             _convert(model, ModelSettings, origin, f"models.{name}")
+    if isinstance(tree, dict) and isinstance(tree.get("pools"), dict):
+        for name, pool in tree["pools"].items():
+            _convert(pool, PoolSettings, origin, f"pools.{name}")
     return _checked(_convert(tree, Settings, origin), origin, base)
 
 
@@ -227,8 +239,8 @@ def _listed_models(tree: object) -> object:
 
 def _dated(tree: object) -> object:
     """YAML reads 2026-11-11 20:00 as a time; a calendar takes times and ISO texts alike."""
-    models = tree.get("models") if isinstance(tree, dict) else None
-    for model in models.values() if isinstance(models, dict) else ():
+    parts = [tree.get(key) for key in ("models", "pools")] if isinstance(tree, dict) else []
+    for model in (m for part in parts if isinstance(part, dict) for m in part.values()):
         scale = model.get("scale") if isinstance(model, dict) else None
         events = scale.get("calendar") if isinstance(scale, dict) else None
         for event in events if isinstance(events, list) else ():
@@ -281,12 +293,53 @@ def _checked(s: Settings, origin: str, base: Path) -> Settings:
             if label in taken:
                 raise ConfigError(f"{origin}: {label!r} names both {taken[label]} and {name}", code="E107")
             taken[label] = name
+    _check_pools(s, origin, taken)
     return msgspec.structs.replace(
         s,
         models={n: _resolved(n, m, base) for n, m in s.models.items()},
         ledger=_ledger(s.ledger),
         store=placed_store(s.store, base),
     )
+
+
+def _check_pools(s: Settings, origin: str, taken: dict[str, str]) -> None:
+    """`taken`: every name and alias of a model."""
+    pool_of: dict[str, str] = {}
+    for name, pool in s.pools.items():
+        key = f"pools.{name}"
+        if not NAME.fullmatch(name) or name in taken:
+            what = f"{origin}: pools: {name!r} is {'a model, too' if name in taken else 'not a name'}"
+            raise ConfigError(what, code="E107", fix="name the pool otherwise: letters, digits, . _ : / -")
+        if not 1 <= len(pool.models) <= POOLED:
+            what = f"{key}.models: {len(pool.models)} models"
+            raise ConfigError(what, code="E108", fix=f"name 1 to {POOLED}; more models need more pools")
+        for model in pool.models:
+            if model not in s.models:
+                raise ConfigError(f"{key}.models: no model {model!r}", code="E108", fix=f"add models.{model}")
+            if model in pool_of:
+                what = f"{key}.models: {model} is in {pool_of[model]} already"
+                raise ConfigError(what, code="E108", fix="a model is in one pool, once")
+            pool_of[model] = key
+        _check_members(key, pool, s.models)
+        _check_scale(pool.scale, f"{key}.scale")
+
+
+def _check_members(key: str, pool: PoolSettings, models: dict[str, ModelSettings]) -> None:
+    """What the models of one process must agree on, and what is not theirs to say."""
+    first = pool.models[0]
+    for name in pool.models:
+        m = models[name]
+        if m.replicas:
+            what, fix = f"{name} has replicas that somebody else runs", f"take {name} out of {key}.models"
+        elif m.scale != Scale():
+            what, fix = f"{name} has a scale of its own", f"move models.{name}.scale to {key}.scale"
+        elif (m.engine or "openvino") != (models[first].engine or "openvino"):
+            what, fix = f"{name} and {first} have different engines", "one engine a pool"
+        elif (m.options.cpus, m.options.io_cpus) != (models[first].options.cpus, models[first].options.io_cpus):
+            what, fix = f"{name} and {first} are pinned to different cpus", "the same cpus and io_cpus, or none"
+        else:
+            continue
+        raise ConfigError(f"{key}: {what}", code="E108", fix=fix, why="its models run in one process")
 
 
 def _resolved(name: str, m: ModelSettings, base: Path) -> ModelSettings:

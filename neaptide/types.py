@@ -203,6 +203,12 @@ class Deployment(Noun, frozen=True, kw_only=True):
     scale: Scale = Scale()
     slo: Slo = Slo()
     drain_s: float = 900.0  # what runs on a replica that leaves may take this long
+    members: tuple[str, ...] = ()  # of a pool, whose name `model` is then: the models that each replica serves
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What its replicas serve."""
+        return self.members or (self.model,)
 
 
 class Replica(Noun, frozen=True, kw_only=True):
@@ -279,13 +285,14 @@ class Reason(Noun, frozen=True):
 class Choice(Struct, frozen=True, kw_only=True):
     """Why a model has the count it has, or will have."""
 
-    model: str
+    model: str  # or the pool ...
     action: Literal["launch", "drain", "hold"]
     before: int  # ready and starting
     after: int
     sentence: str  # in English; other languages are made from the facts below
     why: tuple[Reason, ...] = ()
     policy: str = ""
+    members: tuple[str, ...] = ()  # ... of these models
     wanted: int = 0  # by the policy, before override and clamps
     clamp: str = ""  # budget | max | min | override: what changed the policy's count
     numbers: dict[str, float] = {}

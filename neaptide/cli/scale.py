@@ -38,7 +38,7 @@ def show(session: Session, model: str | None, shadows: bool, days: int) -> None:
         return
     found = api.call("GET", "scale", Scales)
     if model is not None:
-        found = Scales(currency=found.currency, rows=tuple(r for r in found.rows if r.model == model))
+        found = Scales(currency=found.currency, rows=tuple(r for r in found.rows if model in (r.model, *r.members)))
         if not found.rows:
             raise NotFoundError(f"no model {model!r} is served", fix="neaptide models list")
     if session.as_json:

@@ -98,13 +98,15 @@ def replicas(c: Control) -> list[ReplicaStatus]:
 
 
 def deployments(c: Control) -> tuple[DeploymentStatus, ...]:
-    loads, waiting = c.load_of(), c.waiting_of()
+    running, waiting = c.running_of(), c.waiting_of()
     out = []
     for d in c.deployments:
         m = c.settings.models[d.model]
-        mine = [r for r in c.replicas if r.deployment == d.model]
+        unit = c.unit_of(d.model)
+        mine = [r for r in c.replicas if r.deployment == unit.model]
         weights = c.sources[d.model]
-        traits = next((t for r in mine if (t := c.local.about(r.id).description)), None)
+        about = [c.local.about(r.id) for r in mine]
+        traits = next((t for a in about if (t := a.members.get(d.model, a.description))), None)
         out.append(
             DeploymentStatus(
                 model=d.model,
@@ -114,12 +116,13 @@ def deployments(c: Control) -> tuple[DeploymentStatus, ...]:
                 source=weights.path or (m.source or ""),
                 context_tokens=traits.context_tokens if traits else None,
                 precision=weights.precision,
-                scale=d.scale,
+                pool=unit.model if unit.members else "",
+                scale=unit.scale,
                 slo=d.slo,
                 ready=sum(r.state == "ready" for r in mine),
                 starting=sum(r.state == "starting" for r in mine),
                 standby=sum(r.state == "standby" for r in mine),
-                running=sum(loads.get(r.id, 0) for r in mine),
+                running=running.get(d.model, 0),
                 waiting=waiting.get(d.model, 0),
                 failing=c.failing.get(d.model, ""),
             )

@@ -26,7 +26,7 @@ from neaptide.control import answers, keep
 from neaptide.control.admin import Front, build_app
 from neaptide.control.books import Books
 from neaptide.control.decisions import DecisionJournal
-from neaptide.control.desired import deployment, difference, redacted, slow_part
+from neaptide.control.desired import deployment, difference, grouped, members, redacted, slow_part
 from neaptide.control.loop import Loop, in_flight
 from neaptide.control.port import (
     ApplyReport,
@@ -62,7 +62,7 @@ from neaptide.fleet.supervisor import Report
 from neaptide.models.hold import hold, release
 from neaptide.models.sources import resolve
 from neaptide.specs import ControlSpec, ReplicaSpec
-from neaptide.table import Fast, Gauges
+from neaptide.table import Fast, Gauges, ModelGauge
 from neaptide.types import Carry, Deployment, Launch, Plan, Replica
 
 HOPELESS = "E2"  # a model error: starting the replica again will not mend it
@@ -81,7 +81,8 @@ class Control:
         self.settings = parse(self.text, str(self.origin), self.origin.parent)
         self.sources: dict[str, Weights] = {}
         self._held: list[int | None] = []  # those of them that a node's cache must not evict
-        self.deployments: tuple[Deployment, ...] = ()
+        self.deployments: tuple[Deployment, ...] = ()  # one a model
+        self.units: tuple[Deployment, ...] = ()  # what has replicas: pools, and models in none
         self.replicas: Sequence[Replica] = ()
         self.plans: deque[tuple[float, Plan]] = deque(maxlen=PLANS_KEPT)  # (wall s, plan), newest last
         self.failing: dict[str, str] = {}
@@ -188,32 +189,49 @@ class Control:
 
     def waiting_of(self) -> Mapping[str, int]:
         """Requests that wait in the gateways, per model."""
+        return self._of_models(lambda gauge: gauge.waiting)
+
+    def running_of(self) -> Mapping[str, int]:
+        """Requests at replicas, per model."""
+        return self._of_models(lambda gauge: gauge.running)
+
+    def _of_models(self, level: Callable[[ModelGauge], int]) -> dict[str, int]:
         out: dict[str, int] = {}
         for g in self._gauges():
             for model, gauge in g.models.items():
-                out[model] = out.get(model, 0) + gauge.waiting
+                out[model] = out.get(model, 0) + level(gauge)
         return out
 
     def _scaled(self) -> list[Deployment]:
         """The deployments whose replicas are ours to start."""
-        return [d for d in self.deployments if not self.settings.models[d.model].replicas]
+        return [d for d in self.units if d.stable.engine]
+
+    def unit_of(self, model: str) -> Deployment:
+        """The deployment whose replicas serve `model`: its pool, or itself."""
+        return next(d for d in self.units if model in d.models)
 
     def _told(self, replicas: Sequence[Replica], plan: Plan, carry: Carry) -> None:
         self.replicas = [r for r in replicas if r.state != "dead"]
         self.plans.append((wall_s(), plan))
-        for d in self.deployments:
-            ready = any(r.deployment == d.model and r.state == "ready" for r in replicas)
+        for d in self.units:
             dead = [r for r in replicas if r.deployment == d.model and r.state == "dead"]
             hopeless = any(f"error[{HOPELESS}" in r.error for r in dead)
             stuck = [r for r in replicas if r.deployment == d.model and r.id in plan.stuck]
-            if ready:
-                self.failing.pop(d.model, None)
+            if any(r.deployment == d.model and r.state == "ready" for r in replicas):
+                self._fails(d, "")
             elif stuck:
-                self.failing[d.model] = f"error[E305]: {stuck[-1].id} did not get ready in time and was stopped"
+                self._fails(d, f"error[E305]: {stuck[-1].id} did not get ready in time and was stopped")
             elif dead and (hopeless or carry.failures.get(d.model, 0) >= DEATHS_BEFORE_FAILING):
-                self.failing[d.model] = dead[-1].error
+                self._fails(d, dead[-1].error)
         self._publish()
         self._check_ready()
+
+    def _fails(self, unit: Deployment, error: str) -> None:
+        """Why none of its replicas starts, for each model they would serve; "" where one has."""
+        for model in unit.models:
+            self.failing.pop(model, None)
+            if error:
+                self.failing[model] = error
 
     def _publish(self) -> None:
         keys = self.books.keys
@@ -266,12 +284,13 @@ class Control:
         for name, model in settings.models.items():
             sources[name] = await asyncio.to_thread(locate, model, self.state.cache, self._progress, settings.store)
         deployments = tuple(deployment(n, m, sources[n].digest) for n, m in settings.models.items())
-        check(deployments)
+        units = grouped(settings, deployments)
+        check(units)
         held = [hold(Path(w.path)) for w in sources.values() if w.path]  # a replica may start at any moment
         for left in self._held:
             release(left)
         self.settings, self.sources, self._held = settings, sources, held
-        self.deployments = deployments
+        self.deployments, self.units = deployments, units
         now = int(wall_s())
         self.created_s = {d.model: self.created_s.get(d.model, now) for d in self.deployments}
         self.failing = {k: v for k, v in self.failing.items() if k in settings.models}
@@ -279,32 +298,26 @@ class Control:
         self.books.configure(settings)
 
     def _replica_spec(self, launch: Launch, d: Deployment) -> ReplicaSpec:
-        m = self.settings.models[d.model]
-        options: dict[str, msgspec.Raw] = {
-            k: msgspec.Raw(msgspec.json.encode(v))
-            for k, v in msgspec.to_builtins(m.options).items()
-            if v is not None and k not in ("cpus", "io_cpus")
-        }
-        return ReplicaSpec(
+        options = self.settings.models[d.models[0]].options
+        paths = {name: weights.path for name, weights in self.sources.items()}
+        told = members(self.settings, d, paths, {x.model: x.stable.id for x in self.deployments})
+        spec = ReplicaSpec(
             id=launch.replica,
             epoch=self.state.next_epoch(),
             model=d.model,
             revision=d.stable.id,
-            engine=m.engine or "openvino",
-            source=self.sources[d.model].path,
-            options=options,
-            slo_tpot_s=m.slo.tpot_s,
-            prefix_cache=m.prefix_cache,
-            max_tokens_default=m.max_tokens_default,
+            engine=d.stable.engine,
             token=self.spec.token,
             link_path=str(self.local.link_path(launch.replica)),
             http_path=str(self.local.http_path(launch.replica)),
             cache_dir=str(self.state.cache),
             log_path=str(self.state.log / f"{launch.replica}.log"),
             grace_s=d.drain_s,
-            engine_cpus=m.options.cpus,
-            io_cpus=m.options.io_cpus,
+            engine_cpus=options.cpus,
+            io_cpus=options.io_cpus,
+            members=tuple(told),
         )
+        return spec if d.members else msgspec.structs.replace(spec.each()[0], members=())
 
     # -- ControlPort -------------------------------------------------------------------------------------------
 

@@ -45,6 +45,7 @@ def choice(
         sentence="",
         why=why,
         policy=policy_name(scale),
+        members=case.deployment.members,
         wanted=asked.policy if asked else after,
         clamp=asked.clamp if asked else "",
         numbers=_numbers(case, asked),

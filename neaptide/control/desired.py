@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from neaptide.config import ModelSettings, Settings
+from neaptide.config import ModelSettings, PoolSettings, Settings
 from neaptide.control.port import ApplyReport, Change
+from neaptide.specs import MemberSpec
 from neaptide.table import DeploymentRow, KeyRow, Slow
-from neaptide.types import Deployment, Revision
+from neaptide.types import Deployment, Revision, Slo
 
 AT_NEXT_UP = ("listen", "admin", "gateways", "journal", "access_log", "ledger")
 # What makes another revision: the weights, the engine and how it runs. Prices, SLO and limits do not.
@@ -36,6 +37,53 @@ def deployment(name: str, model: ModelSettings, digest: str) -> Deployment:
         scale=model.scale,
         slo=model.slo,
         drain_s=model.timeouts.total_s,
+    )
+
+
+def pool(name: str, settings: PoolSettings, members: Sequence[Deployment]) -> Deployment:
+    """One deployment of several models: as strict as the strictest, as slow to leave as the slowest."""
+    raw = msgspec.json.encode([d.stable.id for d in members])
+    engine = members[0].stable.engine
+    return Deployment(
+        model=name,
+        stable=Revision(id=f"{name}-{hashlib.sha256(raw).hexdigest()[:8]}", model=name, source="", engine=engine),
+        scale=settings.scale,
+        slo=Slo(
+            ttft_s=min(d.slo.ttft_s for d in members),
+            tpot_s=min(d.slo.tpot_s for d in members),
+            attainment=max(d.slo.attainment for d in members),
+        ),
+        drain_s=max(d.drain_s for d in members),
+        members=tuple(d.model for d in members),
+    )
+
+
+def grouped(settings: Settings, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:
+    """What is started, counted and priced as one: the pools, and the models that are in none."""
+    by_model = {d.model: d for d in deployments}
+    pools = tuple(pool(name, p, [by_model.pop(m) for m in p.models]) for name, p in settings.pools.items())
+    return (*by_model.values(), *pools)
+
+
+def members(settings: Settings, unit: Deployment, paths: Mapping[str, str], ids: Mapping[str, str]) -> list[MemberSpec]:
+    """What a replica of `unit` is told of each model; `paths`: where its weights lie, `ids`: its revision."""
+    return [_member(name, settings.models[name], paths[name], ids[name]) for name in unit.models]
+
+
+def _member(name: str, m: ModelSettings, path: str, revision_id: str) -> MemberSpec:
+    options = {
+        k: msgspec.Raw(msgspec.json.encode(v))
+        for k, v in msgspec.to_builtins(m.options).items()
+        if v is not None and k not in ("cpus", "io_cpus")
+    }
+    return MemberSpec(
+        model=name,
+        revision=revision_id,
+        source=path,
+        options=options,
+        slo_tpot_s=m.slo.tpot_s,
+        prefix_cache=m.prefix_cache,
+        max_tokens_default=m.max_tokens_default,
     )
 
 
@@ -70,11 +118,12 @@ def slow_part(
 
 
 def difference(old: Settings, new: Settings, replicas: Mapping[str, list[str]], dry_run: bool) -> ApplyReport:
-    """What `apply` of `new` over `old` means; `replicas`: ids per model that run now."""
+    """What `apply` of `new` over `old` means; `replicas`: ids that run now, per model or pool."""
     had, has = old.models, new.models
     changed = [m for m in has if m in had and has[m] != had[m]]
-    replaced = [m for m in changed if any(getattr(has[m], k) != getattr(had[m], k) for k in REVISION_KEYS)]
     gone = [m for m in had if m not in has]
+    runs, will = _shapes(old), _shapes(new)
+    leaving = [name for name in runs if runs[name] != will.get(name)]
     before, after = msgspec.to_builtins(old), msgspec.to_builtins(new)
     later = [k for k in AT_NEXT_UP if before.get(k) != after.get(k)]
     return ApplyReport(
@@ -84,9 +133,20 @@ def difference(old: Settings, new: Settings, replicas: Mapping[str, list[str]], 
         removed=tuple(gone),
         unchanged=tuple(m for m in has if m in had and m not in changed),
         changes=tuple(_changes(redacted(old), redacted(new))),
-        restarts=tuple(r for m in (*replaced, *gone) for r in replicas.get(m, ())),
+        restarts=tuple(r for name in leaving for r in replicas.get(name, ())),
         notes=tuple(f"{k} takes effect at the next `neaptide up`" for k in later),
     )
+
+
+def _shapes(settings: Settings) -> dict[str, list[object]]:
+    """What makes the revision of each pool and of each model in none: weights, engine and how they run."""
+    pooled = {m for p in settings.pools.values() for m in p.models}
+    alone = {m: (m,) for m in settings.models if m not in pooled}
+    units = alone | {name: p.models for name, p in settings.pools.items()}
+    return {
+        name: [(m, *(getattr(settings.models[m], k) for k in REVISION_KEYS)) for m in models]
+        for name, models in units.items()
+    }
 
 
 def redacted(settings: Settings) -> dict[str, object]:

@@ -81,7 +81,8 @@ class DeploymentStatus(Answer, frozen=True):
     precision: str = ""
     scale: Scale = Scale()
     slo: Slo = Slo()
-    ready: int = 0  # replicas
+    pool: str = ""  # whose replicas serve it beside others
+    ready: int = 0  # replicas, of the pool where it is in one
     starting: int = 0
     standby: int = 0
     running: int = 0  # requests
@@ -191,7 +192,7 @@ class Decisions(Answer, frozen=True):
 class ScaleRow(Answer, frozen=True):
     """How many replicas a model has, should have, and why. None: not known."""
 
-    model: str
+    model: str  # or the pool ...
     scalable: bool  # false where somebody else runs the replicas
     policy: str
     ready: int
@@ -205,6 +206,7 @@ class ScaleRow(Answer, frozen=True):
     capacity_rps: float = 0.0  # of one replica
     traits: Traits = Traits()
     stages: tuple[Stage, ...] = ()  # of a start, on average
+    members: tuple[str, ...] = ()  # ... of these models
     starts: int = 0  # that were measured
     override: Override | None = None
     clamp: str = ""  # budget | max | min | override: what stands above the policy

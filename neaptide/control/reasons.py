@@ -57,7 +57,8 @@ def price(amount: float, currency: str) -> str:
 def _sentence(choice: Choice, language: str) -> str:
     before, after = choice.before, choice.after
     name = "stay" if before == after else "grow" if after > before else "shrink"
-    facts = {"model": choice.model, "before": before, "n": after, "serves": choice.numbers["capacity_rps"]}
+    model = f"{choice.model} ({', '.join(choice.members)})" if choice.members else choice.model
+    facts = {"model": model, "before": before, "n": after, "serves": choice.numbers["capacity_rps"]}
     return _text(name, language, **facts, why=phrase(choice.why, language), money=_money(choice, language))
 
 

@@ -43,8 +43,12 @@ def check(deployments: tuple[Deployment, ...]) -> None:
         try:
             policy_of(d.scale, d.slo.attainment)
         except ValueError as e:
-            key = f"models.{d.model}.scale"
+            key = _scale_key(d)
             raise ConfigError(f"{key}: {e}", code="E108", fix=f"correct {key}.target") from e
+
+
+def _scale_key(d: Deployment) -> str:
+    return f"pools.{d.model}.scale" if d.members else f"models.{d.model}.scale"
 
 
 class Scaling:
@@ -95,7 +99,7 @@ class Scaling:
 
     def resume(self) -> Kept:
         wants = {}
-        for d in self._control.deployments:
+        for d in self._control.units:
             if (policy := policy_of(d.scale, d.slo.attainment)) is not None:
                 wants[d.model] = Wants(key_of(d.scale), policy.start())
         return keep.load(self._kept_path, wall_s(), wants)
@@ -104,14 +108,15 @@ class Scaling:
         """Whether something waits for a model that has no replica, ready or starting."""
         alive = {r.deployment for r in self._control.replicas if r.state in ("starting", "ready")}
         waiting = self._control.waiting_of()
-        return any(n and model not in alive for model, n in waiting.items())
+        ours = {model: d.model for d in self._control.units for model in d.models}
+        return any(n and ours.get(model, model) not in alive for model, n in waiting.items())
 
     # -- what people set -----------------------------------------------------------------------------------------
 
     def set(self, new: NewOverride) -> ScaleRow:
         d = self._deployment(new.model)
         scale = d.scale
-        if self._control.settings.models[d.model].replicas:
+        if not d.stable.engine:
             raise AdminError(409, "E609", f"{d.model} is not ours to scale", why="somebody else runs its replicas")
         if not scale.min <= new.replicas <= scale.max:
             raise AdminError(
@@ -119,7 +124,7 @@ class Scaling:
                 "E609",
                 f"{d.model}: {new.replicas} replicas are outside {scale.min} to {scale.max}",
                 why="what is set by hand stays within scale.min and scale.max",
-                fix=f"change models.{d.model}.scale, then neaptide apply",
+                fix=f"change {_scale_key(d)}, then neaptide apply",
             )
         if not 0 < new.for_s <= LONGEST_OVERRIDE_S:
             raise AdminError(400, "E605", f"for_s={new.for_s:g} is out of range", fix="over 0, at most 30 days")
@@ -145,7 +150,7 @@ class Scaling:
     # -- what people are told ------------------------------------------------------------------------------------
 
     def rows(self) -> Scales:
-        return Scales(currency=self.currency(), rows=tuple(map(self.row, self._control.deployments)))
+        return Scales(currency=self.currency(), rows=tuple(map(self.row, self._control.units)))
 
     def row(self, d: Deployment) -> ScaleRow:
         c = self._control
@@ -154,9 +159,10 @@ class Scaling:
         learnt, choice, load = c.loop.learnt.models.get(d.model, Learnt()), self._choice(d.model), self._load(d.model)
         traits = c.loop.snapshot.traits.get(d.model, Traits()) if c.loop.snapshot else Traits()
         price, wanted = d.scale.price_per_hour, c.loop.carry.wanted.get(d.model, d.scale.min)
-        remote = bool(c.settings.models[d.model].replicas)
+        remote = not d.stable.engine
         return ScaleRow(
             model=d.model,
+            members=d.members,
             scalable=not remote,
             policy="" if remote else policy_name(d.scale),
             ready=ready,
@@ -181,12 +187,12 @@ class Scaling:
 
     def choices(self, model: str, limit: int) -> Choices:
         said = self._control.journal.said
-        models = [self._deployment(model).model] if model else [d.model for d in self._control.deployments]
+        models = [self._deployment(model).model] if model else [d.model for d in self._control.units]
         rows = [ChoiceRow(wall_s=s.wall_s, choice=s.choice) for m in models for s in said.get(m, ())]
         return Choices(rows=tuple(sorted(rows, key=lambda r: -r.wall_s)[:limit]))
 
     def shadows(self, model: str, days: int) -> Shadows:
-        wanted = [self._deployment(model)] if model else self._control.deployments
+        wanted = [self._deployment(model)] if model else self._control.units
         rows = []
         for d in wanted:
             by_day = self._control.loop.shadows.days().models.get(d.model, {})
@@ -198,11 +204,12 @@ class Scaling:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _deployment(self, model: str) -> Deployment:
-        """By name or alias. NotFoundError."""
-        for d in self._control.deployments:
-            if model == d.model or model in self._control.settings.models[d.model].aliases:
+        """By name or alias; a model of a pool has its pool's. NotFoundError."""
+        models = self._control.settings.models
+        for d in self._control.units:
+            if model == d.model or any(model == m or model in models[m].aliases for m in d.models):
                 return d
-        names = ", ".join(d.model for d in self._control.deployments)
+        names = ", ".join(d.model for d in self._control.units)
         raise NotFoundError(f"no model {model!r} is served", why=f"there are: {names}", fix="neaptide models list")
 
     def _choice(self, model: str) -> Choice | None:

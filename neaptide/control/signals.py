@@ -55,9 +55,14 @@ class Sums:
 
 
 def read(
-    words: Sequence[Gauges], heard: Heard, now_s: float, kv_usage: Mapping[str, float] | None = None
+    words: Sequence[Gauges],
+    heard: Heard,
+    now_s: float,
+    kv_usage: Mapping[str, float] | None = None,
+    pool_of: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Load], Heard]:
     """The Loads since `heard`, and what to remember if they are taken for a tick's. `kv_usage`: by model, where told.
+    `pool_of`: models that are counted together, under their pool's name.
 
     The oldest word of any gateway that is, or was lately, connected is what the Loads' `age_s` says.
     """
@@ -69,7 +74,7 @@ def read(
     for word in words:
         before = heard.gateways.get(word.gateway)
         for model, gauge in word.models.items():
-            mine = sums.setdefault(model, Sums())
+            mine = sums.setdefault((pool_of or {}).get(model, model), Sums())
             mine.level(gauge)
             if before is not None:
                 mine.count(gauge, before.models.get(model, ModelGauge()))

@@ -11,12 +11,13 @@ from neaptide.clock import mono_s, wall_s
 from neaptide.control.port import UsageFilter, UsageRow
 from neaptide.dashboard.live import NAN, Fleet
 from neaptide.table import Gauges
-from neaptide.types import Plan, Replica, Slo, Traits
+from neaptide.types import Deployment, Plan, Replica, Slo, Traits
 
 if TYPE_CHECKING:
     from neaptide.control.app import Control
 
 STALE_S = 5.0  # a gateway that was silent for so long tells nothing
+NO_FLEET = Fleet(wanted=0.0, slots=0.0, capacity_per_s=0.0)  # of a model whose pool has the replicas
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,12 +99,14 @@ class ControlSource:
         c, now_s = self._control, mono_s()
         heard = (g for g in c.publisher.gateways.values() if now_s - g.heard_s <= STALE_S)
         slots = {r.id: self._slots(r) for r in c.replicas}
+        pooled = {model for u in c.units for model in u.members}
+        shown = [*c.deployments, *(u for u in c.units if u.members)]  # a pool has replicas, its models have traffic
         return Look(
             wall_s=wall_s(),
             mono_s=now_s,
             gauges=tuple(g.gauges for g in heard if g.gauges is not None),
-            fleets={d.model: self._fleet(d.model, slots) for d in c.deployments},
-            about=tuple(self._about(d.model) for d in c.deployments),
+            fleets={d.model: NO_FLEET if d.model in pooled else self._fleet(d, slots) for d in shown},
+            about=tuple(self._about(d, d.model in pooled) for d in shown),
             replicas=tuple(self._line(r, slots[r.id], now_s) for r in c.replicas),
             plans=tuple(c.plans),
         )
@@ -115,38 +118,40 @@ class ControlSource:
         told = self._control.local.about(replica.id).description
         return told.max_running or None if told else None
 
-    def _fleet(self, model: str, slots: dict[str, int | None]) -> Fleet:
-        settings = self._control.settings.models[model]
+    def _fleet(self, d: Deployment, slots: dict[str, int | None]) -> Fleet:
+        model, scale, remote = d.model, d.scale, not d.stable.engine
         mine = [r for r in self._control.replicas if r.deployment == model]
         ready = [slots[r.id] for r in mine if r.state == "ready"]
         traits = self._traits(model)
         serves = traits.slots / traits.service_s if traits and traits.service_s else NAN
-        wanted = self._control.loop.carry.wanted.get(model, settings.scale.min)
+        wanted = self._control.loop.carry.wanted.get(model, scale.min)
         return Fleet(
             ready=len(ready),
             starting=sum(r.state == "starting" for r in mine),
-            billed=sum(settings.scale.standby.rent if r.state == "standby" else 1.0 for r in mine),
-            wanted=NAN if settings.replicas else float(wanted),
+            billed=sum(scale.standby.rent if r.state == "standby" else 1.0 for r in mine),
+            wanted=NAN if remote else float(wanted),
             slots=sum(NAN if n is None else n for n in ready),
             capacity_per_s=serves * len(ready),
-            price_per_hour=settings.scale.price_per_hour,
-            remote=bool(settings.replicas),
+            price_per_hour=scale.price_per_hour,
+            remote=remote,
         )
 
-    def _about(self, model: str) -> About:
-        settings = self._control.settings.models[model]
-        scale, traits = settings.scale, self._traits(model)
+    def _about(self, d: Deployment, pooled: bool) -> About:
+        model, engine, failing = d.model, d.stable.engine, self._control.failing
+        if pooled:
+            return About(model=model, engine=engine, slo=d.slo, failing=failing.get(model, ""))
+        scale, traits = d.scale, self._traits(model)
         return About(
             model=model,
-            engine="" if settings.replicas else settings.engine or "openvino",
-            remote=bool(settings.replicas),
-            slo=settings.slo,
+            engine=engine,
+            remote=not engine,
+            slo=d.slo,
             min=scale.min,
             max=scale.max,
             policy=scale.policy,
             price_per_hour=scale.price_per_hour,
             learnt=traits.learnt if traits else "",
-            failing=self._control.failing.get(model, ""),
+            failing=next((failing[m] for m in d.models if m in failing), ""),
         )
 
     def _traits(self, model: str) -> Traits | None:

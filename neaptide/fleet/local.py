@@ -51,6 +51,7 @@ class About(msgspec.Struct):
     description: Traits | None = None
     load: LoadReport | None = None
     steps: Steps = Steps()
+    members: dict[str, Traits | None] = {}  # by model
 
 
 class Watched:
@@ -116,7 +117,7 @@ class LocalDriver:
             epoch=spec.epoch,
             module=MODULE,
             document=msgspec.Raw(msgspec.json.encode(spec)),
-            opaque={"deployment": spec.model, "revision": spec.revision, "drain_s": str(spec.grace_s)},
+            opaque=_facts(spec),
         )
         answer = await self._supervisor.call("spawn", child)
         self._watch(Watched(msgspec.json.decode(answer, type=ChildStatus)))
@@ -240,6 +241,7 @@ class LocalDriver:
             epoch=w.status.epoch,
             state="ready" if w.state == "ready" else "draining",  # a standby keeps its link and is given nothing
             token=self._token,
+            members=msgspec.json.decode(w.status.opaque.get("members", "{}"), type=dict[str, str]),
         )
 
     def _replica(self, w: Watched) -> Replica:
@@ -266,6 +268,14 @@ class LocalDriver:
         """Why it died, from the last error line of its log where it left one."""
         said = last_error(self._state.log / f"{status.id}.log")
         return said or f"exit {status.exit_code}"
+
+
+def _facts(spec: ReplicaSpec) -> dict[str, str]:
+    """What the supervisor keeps of a replica for whoever controls it next."""
+    facts = {"deployment": spec.model, "revision": spec.revision, "drain_s": str(spec.grace_s)}
+    if spec.members:
+        facts["members"] = msgspec.json.encode({m.model: m.revision for m in spec.members}).decode()
+    return facts
 
 
 class LogLine(msgspec.Struct):
