@@ -292,6 +292,18 @@ def test_a_model_with_a_slow_start_is_given_five_of_them() -> None:
     assert service.tick(2, load(), traits=traits).stuck == ("m-0",)
 
 
+def test_a_start_that_was_given_up_has_twice_the_time_the_next_time() -> None:
+    service = Service(elastic(low=1, high=2), cold_s=1e9)
+    service.tick(int(STUCK_S) + 2, load())
+    assert service.carry.failures == {"m": 1}
+    service.tick(2, load())
+    assert service.ids == {"m-0"}
+    service.tick(2 * int(STUCK_S) - 4, load())
+    assert service.carry.failures == {"m": 1}
+    service.tick(6, load())
+    assert service.carry.failures == {"m": 2}
+
+
 def test_a_death_pauses_a_scale_up_and_the_choice_says_when_it_goes_on() -> None:
     service = Service(elastic())
     service.tick(1, load(1))

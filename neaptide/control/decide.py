@@ -22,18 +22,19 @@ from neaptide.types import Carry, Choice, Deployment, Launch, Plan, Reason, Repl
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 STEADY_S = 30.0
-STUCK_S, STUCK_STARTS = 300.0, 5.0  # a launch that is not ready after both will never be
+STUCK_S, STUCK_STARTS = 300.0, 5.0  # a launch that is not ready after both is given up
 
 
 def decide(snapshot: Snapshot, carry: Carry) -> tuple[Plan, Carry]:
     """The plan for now and what to remember. No clock, no I/O; every launch, drain and hold has its reason."""
-    carry = _remember(snapshot, carry)
+    never = _never_ready(snapshot, carry)
+    carry = _remember(snapshot, carry, never)
     steps: list[Step] = []
     taken = {r.id for r in snapshot.replicas if r.state != "dead"}
     policies: dict[str, bytes] = {}
     wanted: dict[str, int] = {}
     for deployment in snapshot.deployments:
-        stuck = {r.id for r in snapshot.replicas if is_stuck(r, deployment, snapshot)}
+        stuck = {r.id for r in snapshot.replicas if r.deployment == deployment.model and r.id in never}
         mine = [r for r in snapshot.replicas if r.deployment == deployment.model and r.id not in stuck]
         sized, fleet = None, _fleet(deployment, mine, carry)
         if is_elastic(deployment, snapshot):
@@ -66,11 +67,18 @@ def is_elastic(deployment: Deployment, snapshot: Snapshot) -> bool:
     return deployment.scale.max > deployment.scale.min or deployment.model in snapshot.overrides
 
 
-def is_stuck(replica: Replica, deployment: Deployment, snapshot: Snapshot) -> bool:
-    cold_start_s = snapshot.traits.get(deployment.model, Traits()).cold_start_s
-    limit_s = max(STUCK_S, STUCK_STARTS * cold_start_s)
-    mine = replica.deployment == deployment.model and replica.state == "starting"
-    return mine and snapshot.now_s - replica.started_s > limit_s
+def _never_ready(snapshot: Snapshot, carry: Carry) -> set[str]:
+    """Launches that are given up. Each death in a row doubles the time that the next has: a model may need long."""
+    limits_s = {
+        d.model: max(STUCK_S, STUCK_STARTS * snapshot.traits.get(d.model, Traits()).cold_start_s)
+        for d in snapshot.deployments
+    }
+    starting = (r for r in snapshot.replicas if r.state == "starting" and r.deployment in limits_s)
+    return {
+        r.id
+        for r in starting
+        if snapshot.now_s - r.started_s > limits_s[r.deployment] * 2 ** min(carry.failures.get(r.deployment, 0), 4)
+    }
 
 
 # --- one deployment ---------------------------------------------------------------------------------------------------
@@ -146,12 +154,12 @@ def _unknown(snapshot: Snapshot) -> tuple[list[str], list[Reason]]:
     return [r.id for r in gone], [reason("gone", of=r.id, model=r.deployment) for r in gone]
 
 
-def _remember(snapshot: Snapshot, carry: Carry) -> Carry:
+def _remember(snapshot: Snapshot, carry: Carry, never: set[str]) -> Carry:
     failures, not_before = dict(carry.failures), dict(carry.not_before_s)
     for deployment in snapshot.deployments:
         name = deployment.model
         mine = [r for r in snapshot.replicas if r.deployment == name]
-        deaths = sum(r.state == "dead" or is_stuck(r, deployment, snapshot) for r in mine)
+        deaths = sum(r.state == "dead" or r.id in never for r in mine)
         if deaths:
             failures[name] = failures.get(name, 0) + 1
             not_before[name] = snapshot.now_s + pause_s(failures[name])
