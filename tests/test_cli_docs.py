@@ -30,6 +30,7 @@ PLACES: dict[str, type[msgspec.Struct]] = {
     "models.NAME.slo.": Slo,
     "models.NAME.timeouts.": Timeouts,
     "models.NAME.replicas[].": config.RemoteReplica,
+    "pools.NAME.": config.PoolSettings,
     "limits.": Limits,
     "cors.": Cors,
     "journal.": config.JournalSettings,

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from neaptide import models
 from neaptide.engine.life import ENGINE_DIED
 from neaptide.specs import MemberSpec
 from tests.link_client import Heard, LinkClient
@@ -145,3 +146,17 @@ def test_a_model_that_cannot_load_keeps_the_whole_replica_from_starting_and_is_n
     assert replica.process.stderr is not None
     assert replica.wait() not in (0, ENGINE_DIED)
     assert b"options of 'two'" in replica.process.stderr.read()
+
+
+def test_models_that_do_not_fit_in_memory_together_are_refused_before_any_is_loaded(start: Start) -> None:
+    guide = str(Path(models.__file__).parent / "guide")
+    raw = {"kv_mib": msgspec.Raw(b"8"), "chunk_tokens": msgspec.Raw(b"256")}
+    small = MemberSpec(model="small", revision="r", source=guide, options=raw)
+    vast = MemberSpec(model="vast", revision="r", source=guide, options=raw | {"kv_mib": msgspec.Raw(b"1000000000")})
+    replica = start(small, vast, engine="openvino")
+    assert replica.process.stderr is not None
+    assert replica.wait(60) not in (0, ENGINE_DIED)
+    told = replica.process.stderr.read().decode()
+    assert "error[E213]: the models of pool 'tail' need" in told
+    assert "take vast out of pools.tail.models" in told
+    assert '"loaded"' not in replica.log()

@@ -31,7 +31,7 @@ def fit(pool: str, needs: Mapping[str, int], available_bytes: int) -> None:
     each = ", ".join(f"{model} {_mib(need)}" for model, need in needs.items())
     raise ModelError(
         f"the models of pool {pool!r} need {_mib(total)}, and {_mib(available_bytes)} are free",
-        why=f"weights and KV memory together: {each}",
+        why=f"weights, KV and working memory: {each}",
         fix=f"take {largest} out of pools.{pool}.models, or give models.{largest}.options.kv_mib a smaller value",
         code="E213",
     )
