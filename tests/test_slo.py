@@ -119,7 +119,7 @@ def test_what_came_at_this_time_yesterday_is_expected_again() -> None:
         tick = seen(60.0 * (i + 1), rate * 60.0, cold_start_s=600.0)
         tick.tick_s = 60.0
         if forecast.observe(tick, state):
-            forecast.note(forecast.rate(tick, state), tick, state)
+            forecast.note(forecast.rate(tick, state), state)
         if i == minutes - 60:
             early = float(forecast.rate(tick, state)[0])
     late = float(forecast.rate(tick, state)[0])

@@ -55,6 +55,7 @@ class Forecast:
             "f.ticks": np.zeros(1),
             "f.sum": np.zeros(lanes),  # arrivals since the last beat
             "f.sum_s": np.zeros(1),
+            "f.members": np.zeros((members, lanes)),  # what each expects, requests/s
             "f.made": np.zeros((BEATS + 1, members + 1, lanes)),  # the members' and the ensemble's
             "f.beats": np.zeros(1),
             "f.scored": np.zeros(1),
@@ -91,9 +92,9 @@ class Forecast:
         return True
 
     def rate(self, seen: Seen, state: State) -> Floats:
-        """Requests/s expected a cold start from now, [lanes]."""
-        members = self._members(seen.now_s, seen.cold_start_s, state)
-        expected: Floats = (state["f.weights"] * members).sum(axis=0)
+        """Requests/s expected a cold start from now, [lanes]; the members' stay for `note`."""
+        state["f.members"][:] = self._members(seen.now_s, seen.cold_start_s, state)
+        expected: Floats = (state["f.weights"] * state["f.members"]).sum(axis=0)
         return expected
 
     def _factor(self, at_s: float) -> float:
@@ -115,10 +116,10 @@ class Forecast:
         now: Floats = state["f.means"][0]
         return now
 
-    def note(self, expected: Floats, seen: Seen, state: State) -> None:
-        """At a beat: keep what was expected, to be scored when its time has come."""
+    def note(self, expected: Floats, state: State) -> None:
+        """At a beat, after `rate`: keep what was expected, to be scored when its time has come."""
         made = state["f.made"][int(state["f.beats"][0]) % (BEATS + 1)]
-        made[:-1] = self._members(seen.now_s, seen.cold_start_s, state)
+        made[:-1] = state["f.members"]
         made[-1] = expected
 
     # --- members

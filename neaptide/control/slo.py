@@ -106,7 +106,7 @@ class Slo:
         if error is not None:
             above = error > state["s.margins"]
             state["s.margins"] += QUANTILE_GAIN * (above - np.array(TAILS)[:, None])
-        self._forecast.note(rate, seen, state)
+        self._forecast.note(rate, state)
         state["s.place"] = self._place(rate, state)
 
     def _wait_for_more(self, seen: Seen, state: State) -> None:
