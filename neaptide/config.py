@@ -19,7 +19,7 @@ import yaml
 
 from neaptide.errors import ConfigError
 from neaptide.table import Cors, Limits, Timeouts
-from neaptide.types import Event, Rule, Scale, Slo, Standby
+from neaptide.types import Event, Rule, Scale, Slo, Spares, Standby
 
 DEFAULT_TEXT = """\
 # neaptide.yaml: what `neaptide up` serves. docs/configuration.md lists every key.
@@ -123,6 +123,7 @@ class Settings(Part, frozen=True, kw_only=True):
     journal: JournalSettings = JournalSettings()
     ledger: LedgerSettings = LedgerSettings()
     store: StoreSettings = StoreSettings()
+    spares: Spares = Spares()
     currency: str = "CNY"
     prices: dict[str, Price] = {}
     gateways: int = 1
@@ -272,7 +273,7 @@ def _unknown_key(name: str, where: str, origin: str) -> ConfigError:
 
 
 def _parts() -> list[type[msgspec.Struct]]:
-    return [*Part.__subclasses__(), Limits, Cors, Timeouts, Scale, Standby, Slo, Rule, Event]
+    return [*Part.__subclasses__(), Limits, Cors, Timeouts, Scale, Standby, Spares, Slo, Rule, Event]
 
 
 def _checked(s: Settings, origin: str, base: Path) -> Settings:
@@ -281,6 +282,9 @@ def _checked(s: Settings, origin: str, base: Path) -> Settings:
         host_port(s.admin.listen, "admin.listen")
     if not s.models:
         raise ConfigError(f"{origin}: no models", code="E107", fix="add `models: {guide: {}}`")
+    if s.spares.max < 0 or not 0 < s.spares.rent <= 1:
+        what = f"{origin}: spares: max {s.spares.max}, rent {s.spares.rent:g}"
+        raise ConfigError(what, code="E108", fix="max: 0 or more; rent: over 0, at most 1, such as 0.01")
     taken: dict[str, str] = {}
     for name, model in s.models.items():
         for label in (name, *model.aliases):

@@ -21,12 +21,23 @@ T = TypeVar("T")
 
 
 def read_spec(kind: type[T]) -> T:
-    """The spec on stdin, which is then closed and replaced by /dev/null. Raises msgspec.ValidationError."""
+    """The spec on stdin, which is then closed and replaced by /dev/null. Raises msgspec.ValidationError. Where stdin
+    ends without one nobody needs this process: it exits with 0."""
     raw = sys.stdin.buffer.read()
+    if not raw:
+        sys.exit(0)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
     return msgspec.json.decode(raw, type=kind)
+
+
+def log_to(path: str) -> None:
+    """stdout and stderr go to this file from now on, at its end."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    for standard in (1, 2):
+        os.dup2(fd, standard)
+    os.close(fd)
 
 
 def lifeline_fd() -> int | None:

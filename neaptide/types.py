@@ -16,6 +16,7 @@ Outcome = Literal["ok", "refused", "error", "aborted", "timeout", "lost"]
 # ok: whole answer sent. refused: never dispatched (4xx, 429, 507). error: the replica or we failed it. aborted: the
 # client left. timeout: 504. lost: its gateway died; closed on recovery with the replica's own count.
 Finish = Literal["stop", "length", "abort", "error", "content_filter", "tool_calls"]
+SPARE = "spare_s"  # the stage of a start that began with a spare: for how long that had waited
 ReplicaState = Literal["starting", "ready", "standby", "draining", "dead"]  # standby: loaded, and given no requests
 
 
@@ -263,7 +264,15 @@ class Traits(Struct, frozen=True, kw_only=True):
     slots: float = 8.0  # requests it runs at once
     service_s: float = 2.0  # a request holds its slot for so long
     cold_start_s: float = 5.0  # from launch to ready
+    spawn_s: float = 0.5  # of that, before anything of the model: what a spare has behind it
     learnt: str = "assumed"  # assumed | measured
+
+
+class Spares(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Processes that are up without a model (control/spares.py)."""
+
+    max: int = 0  # of each engine, at most
+    rent: float = 0.01  # what one costs, as a share of a replica
 
 
 class Override(Struct, frozen=True, kw_only=True):
@@ -311,6 +320,7 @@ class Snapshot(Noun, frozen=True, kw_only=True):
     loads: dict[str, Load] = {}  # by model; a model that is missing has never been heard of
     traits: dict[str, Traits] = {}
     overrides: dict[str, Override] = {}
+    spares: Spares = Spares()
 
 
 class Carry(Noun, frozen=True, kw_only=True):
@@ -321,6 +331,7 @@ class Carry(Noun, frozen=True, kw_only=True):
     not_before_s: dict[str, float] = {}
     policies: dict[str, bytes] = {}
     wanted: dict[str, int] = {}  # the last count that was decided
+    vacant_s: dict[str, tuple[float, ...]] = {}  # by engine: since when each spare is held (monotonic)
 
 
 class Launch(Struct, frozen=True, kw_only=True):
@@ -334,6 +345,7 @@ class Plan(Noun, frozen=True, kw_only=True):
     drains: tuple[str, ...] = ()  # replica ids
     parks: tuple[str, ...] = ()  # ready ones that stand by from now on
     wakes: tuple[str, ...] = ()  # standbys that serve again
+    spares: dict[str, int] = {}  # by engine: how many there should be
     reasons: tuple[str, ...] = ()  # in English ...
     why: tuple[Reason, ...] = ()  # ... and as facts
     choices: tuple[Choice, ...] = ()  # one for each model whose count may change, or does

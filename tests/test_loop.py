@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from neaptide.clock import mono_s
 from neaptide.control.decisions import DecisionJournal
@@ -39,6 +40,17 @@ class MemoryDriver:
 
     async def drain(self, id: str) -> None:
         self.replicas.pop(id, None)
+
+    async def park(self, id: str) -> None:
+        if (r := self.replicas.get(id)) is not None and r.state == "ready":
+            self.replicas[id] = replace(r, state="standby", parked_s=mono_s())
+
+    async def wake(self, id: str) -> None:
+        if (r := self.replicas.get(id)) is not None and r.state == "standby":
+            self.replicas[id] = replace(r, state="ready", parked_s=0.0)
+
+    async def keep_spares(self, wanted: Mapping[str, int]) -> None:
+        self.spares = dict(wanted)
 
     async def forget(self, id: str) -> None:
         self.replicas.pop(id, None)

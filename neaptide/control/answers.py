@@ -60,7 +60,7 @@ def processes(c: Control) -> list[ProcessStatus]:
                 rss_bytes=rss_bytes(child.pid),
             )
         )
-        if child.kind == "replica":
+        if child.kind in ("replica", "spare"):
             mine += [
                 ProcessStatus(role="engine", id=child.id, pid=pid, rss_bytes=rss_bytes(pid))
                 for pid in children(child.pid)

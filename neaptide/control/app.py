@@ -107,6 +107,7 @@ class Control:
             about=self.scaling.about,
             overrides=self.scaling.overrides,
             currency=self.scaling.currency,
+            spares=lambda: self.settings.spares,
             keep=self.scaling.keep,
         )
         self.books = Books(self.state, self.settings)
@@ -165,7 +166,7 @@ class Control:
             return
         status = msgspec.json.decode(body, type=ChildStatus)
         self.restarts[status.id] = self.restarts.get(status.id, 0) + 1
-        if status.kind == "replica":
+        if status.kind in ("replica", "spare"):
             self.local.exited(status)
         elif status.kind == "gateway":
             self.books.gateway_died()

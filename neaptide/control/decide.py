@@ -13,9 +13,12 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from neaptide.control.choices import choice
 from neaptide.control.reasons import reason, words
 from neaptide.control.size import Case, Fleet, Sized, size
+from neaptide.control.spares import spares
 from neaptide.control.standby import Pool, pool
 from neaptide.types import Carry, Choice, Deployment, Launch, Plan, Reason, Replica, Snapshot, Traits
 
@@ -42,19 +45,21 @@ def decide(snapshot: Snapshot, carry: Carry) -> tuple[Plan, Carry]:
             policies[deployment.model], wanted[deployment.model] = sized.memory, sized.wanted
         steps.append(_step(deployment, mine, sized, fleet, stuck, taken, carry, snapshot))
     gone, unknown = _unknown(snapshot)
-    why = (*(x for s in steps for x in s.why), *unknown)
+    moves = {d.model: (len(s.launches), s.let_go) for d, s in zip(snapshot.deployments, steps, strict=True)}
+    held = spares(snapshot, carry.vacant_s, moves)
+    why = (*(x for s in steps for x in s.why), *unknown, *held.why)
     plan = Plan(
         launches=tuple(x for s in steps for x in s.launches),
         drains=(*(x for s in steps for x in s.drains), *gone),
         parks=tuple(x for s in steps for x in s.pool.parks),
         wakes=tuple(x for s in steps for x in s.pool.wakes),
+        spares=held.counts,
         reasons=tuple(map(words, why)),
         why=why,
         choices=tuple(s.choice for s in steps if s.choice is not None),
         stuck=tuple(x for s in steps for x in s.stuck),
     )
-    kept = Carry(failures=carry.failures, not_before_s=carry.not_before_s, policies=policies, wanted=wanted)
-    return plan, kept
+    return plan, replace(carry, policies=policies, wanted=wanted, vacant_s=held.vacant_s)
 
 
 def pause_s(failures: int) -> float:
@@ -91,6 +96,7 @@ class Step(NamedTuple):
     drains: list[str]
     why: list[Reason]
     stuck: list[str]
+    let_go: int  # of what the policy had, the pool included
     pool: Pool
     choice: Choice | None
 
@@ -121,7 +127,8 @@ def _step(
         said = choice(case, asked, up, down, wait, len(standing), rest, snapshot)
     never = [reason("stuck", of=id) for id in sorted(stuck)]
     all_why = [*never, *why, *why_drain, *rest.why]
-    return Step(launches, [*sorted(stuck), *drains, *rest.drains], all_why, sorted(stuck), rest, said)
+    let_go = len(ending) + len(rest.drains)
+    return Step(launches, [*sorted(stuck), *drains, *rest.drains], all_why, sorted(stuck), let_go, rest, said)
 
 
 def _case(deployment: Deployment, fleet: Fleet, snapshot: Snapshot, carry: Carry) -> Case:
@@ -167,11 +174,10 @@ def _remember(snapshot: Snapshot, carry: Carry, never: set[str]) -> Carry:
             del failures[name]
             not_before.pop(name, None)
     known = {d.model for d in snapshot.deployments}
-    return Carry(
+    return replace(
+        carry,
         failures={k: v for k, v in failures.items() if k in known},
         not_before_s={k: v for k, v in not_before.items() if k in known},
-        policies=carry.policies,
-        wanted=carry.wanted,
     )
 
 

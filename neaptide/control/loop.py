@@ -23,7 +23,7 @@ from neaptide.control.traits import learn, traits
 from neaptide.errors import NeaptideError
 from neaptide.fleet.driver import Driver
 from neaptide.table import Gauges, ReplicaRow
-from neaptide.types import Carry, Deployment, Override, Plan, Replica, Snapshot
+from neaptide.types import Carry, Deployment, Override, Plan, Replica, Snapshot, Spares
 
 JUMP_S = 60.0  # by which the wall clock may run ahead before it is followed
 Told = Callable[[Sequence[Replica], Plan, Carry], None]
@@ -31,7 +31,8 @@ Told = Callable[[Sequence[Replica], Plan, Carry], None]
 
 class Loop:
     """Runs the tick over `drivers`; `deployments`, `gauges`, `about` (what a model's replicas say of themselves),
-    `overrides` and `currency` are asked anew each time, `told` hears the outcome, `keep` what a successor needs."""
+    `overrides`, `currency` and `spares` are asked anew each time, `told` hears the outcome, `keep` what a successor
+    needs."""
 
     def __init__(
         self,
@@ -44,11 +45,12 @@ class Loop:
         about: Callable[[], Mapping[str, Replicas]] = dict,
         overrides: Callable[[], Mapping[str, Override]] = dict,
         currency: Callable[[], str] = str,
+        spares: Callable[[], Spares] = Spares,
         keep: Callable[[Kept], None] = lambda kept: None,
     ) -> None:
         self._drivers, self._deployments, self._gauges = drivers, deployments, gauges
         self._about, self._overrides, self._currency = about, overrides, currency
-        self._told, self._journal, self._keep = told, journal, keep
+        self._told, self._journal, self._keep, self._spares = told, journal, keep, spares
         self._stillborn: list[Replica] = []
         self._nudge = asyncio.Event()
         self._heard, self._clock = Heard(), SteadyWall()
@@ -118,6 +120,7 @@ class Loop:
             traits={d.model: traits(d, self.learnt) for d in deployments},
             overrides=dict(self._overrides()),
             currency=self._currency(),
+            spares=self._spares(),
         )
         return snapshot, on_beat
 
@@ -142,6 +145,7 @@ class Loop:
                 await driver.park(id)
             for id in plan.drains:
                 await driver.drain(id)
+            await driver.keep_spares(plan.spares)
         return failed
 
     def rows(self) -> tuple[ReplicaRow, ...]:

@@ -43,7 +43,7 @@ class Stage(Answer, frozen=True):
 
 
 class ProcessStatus(Answer, frozen=True):
-    role: str  # supervisor | control | gateway | replica | engine
+    role: str  # supervisor | control | gateway | replica | engine | spare
     id: str  # "gateway-0", "guide-0"
     pid: int
     state: str = "running"  # running | starting | stopping | dead

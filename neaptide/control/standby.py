@@ -53,8 +53,12 @@ def pool(
     why += [reason("park", of=r.id, **terms) for r in parks]
     why += [reason("rested", of=r.id, **terms) for r in gone if r.id in over]
     why += [reason("crowded", of=r.id, n=most, revision=revision) for r in gone if r.id not in over]
-    ids = (tuple(r.id for r in some) for some in (wakes, parks, gone))
-    return Pool(*ids, left_s=tuple(s for _, s in kept), why=tuple(why))
+    left_s = tuple(s for _, s in kept)
+    return Pool(_ids(wakes), _ids(parks), _ids(gone), left_s, tuple(why))
+
+
+def _ids(replicas: Sequence[Replica]) -> tuple[str, ...]:
+    return tuple(r.id for r in replicas)
 
 
 def hold_s(scale: Scale, traits: Traits) -> float:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from neaptide.types import Deployment, Load, Replica, Steps, Traits
+from neaptide.types import SPARE, Deployment, Load, Replica, Steps, Traits
 
 ASSUMED = Traits()
 SERVED_KEPT, SERVED_S = 200.0, 120.0  # requests, or seconds of traffic, that the service time is a mean of
@@ -87,8 +87,16 @@ def traits(deployment: Deployment, memory: Memory) -> Traits:
         slots=slots(learnt, deployment.slo.tpot_s),
         service_s=learnt.service_s,
         cold_start_s=learnt.cold_start_s,
+        spawn_s=spawn_s(learnt.stages),
         learnt="measured" if learnt.served else "assumed",
     )
+
+
+def spawn_s(stages: Mapping[str, float]) -> float:
+    """Seconds of a start that are no model's: a process, and what either of its two imports, side by side."""
+    if "spawn_s" not in stages:
+        return ASSUMED.spawn_s
+    return stages["spawn_s"] + max(stages.get("io_import_s", 0.0), stages.get("import_s", 0.0))
 
 
 def slots(learnt: Learnt, tpot_s: float) -> float:
@@ -139,6 +147,8 @@ def _serve(learnt: Learnt, load: Load) -> Learnt:
 
 
 def _start(learnt: Learnt, took_s: float, stages: Mapping[str, float]) -> Learnt:
+    if SPARE in stages:
+        return learnt  # it was shorter than the next one may be
     gain = START_GAIN if learnt.starts else 1.0
     took_s = max(took_s, 1e-3)
     mixed = {k: v if k not in learnt.stages else learnt.stages[k] + gain * (v - learnt.stages[k])

@@ -77,26 +77,39 @@ class _EngineEnd(asyncio.Protocol):
 
 
 class Started(NamedTuple):
-    """An engine process that has its spec and loads; `sock` is our end of the pipe, which keeps what it says."""
+    """An engine process; `sock` is our end of the pipe, which keeps what it says."""
 
     process: subprocess.Popen[bytes]
     sock: socket.socket
 
 
 def start(spec: ReplicaSpec) -> Started:
-    """Start the engine process. ProcessError when that fails."""
+    """Start the engine process, which loads from here on. ProcessError when that fails."""
+    started = begin()
+    tell(started, spec)
+    return started
+
+
+def begin(*engine: str) -> Started:
+    """Start an engine process that waits for its spec; with an engine named it imports its library meanwhile."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     ours.setblocking(False)
     inherited = [theirs.fileno()]
     if (fd := lifeline.lifeline_fd()) is not None:
         inherited.append(fd)
-    argv = [sys.executable, "-m", "neaptide.engine.core", str(theirs.fileno())]
+    argv = [sys.executable, "-m", "neaptide.engine.core", str(theirs.fileno()), *engine]
     try:
         process = subprocess.Popen(argv, stdin=subprocess.PIPE, pass_fds=inherited)
     except OSError as e:
         raise ProcessError(f"the engine process cannot be started: {e}", why=os.strerror(e.errno or 0)) from e
     finally:
         theirs.close()
+    return Started(process, ours)
+
+
+def tell(started: Started, spec: ReplicaSpec) -> None:
+    """Give it its spec. ProcessError when it has ended."""
+    process = started.process
     # The boot token is the link's: the engine speaks with nobody else.
     document = msgspec.json.encode(msgspec.structs.replace(spec, token=""))
     assert process.stdin is not None  # noqa: S101 (it is a pipe: see above)
@@ -106,7 +119,6 @@ def start(spec: ReplicaSpec) -> Started:
     except BrokenPipeError as e:
         code = process.wait()
         raise ProcessError(f"the engine process ended at once with code {code}", why="its error is on stderr") from e
-    return Started(process, ours)
 
 
 async def attach(started: Started, listener: Listener) -> EngineChild:

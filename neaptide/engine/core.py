@@ -1,4 +1,5 @@
-"""The engine process: read commands, step, push; nothing else. `python -m neaptide.engine.core FD`, spec on stdin.
+"""The engine process: read commands, step, push; nothing else. `python -m neaptide.engine.core FD`, spec on stdin. With
+an engine's name behind it (a spare) its library is imported before the spec comes.
 
 An engine's step holds the GIL, so whatever shares its process starves: HTTP, text and timers live in the I/O process at
 the other end of the socketpair FD. The loop is three visible verbs a turn; it blocks on the socket while idle.
@@ -9,6 +10,8 @@ A replica of several models has an engine for each, here; the busy ones make a s
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import select
 import signal
@@ -74,6 +77,12 @@ def build(spec: ReplicaSpec, wait: Wait) -> tuple[Engine, Stages]:
         why="the engines are openvino and echo",
         fix=f"set models.{spec.model}.engine to one of them",
     )
+
+
+def prepare(engine: str) -> None:
+    """The heavy import, ahead of time. One that fails is told by `build`, which knows for whom."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module(f"neaptide.engine.{engine}")
 
 
 class Loop:
@@ -219,8 +228,12 @@ def _fail(sock: socket.socket, error: NeaptideError) -> int:
 
 def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the replica decides when we end
-    spec = lifeline.read_spec(ReplicaSpec)
     lifeline.hold()
+    for engine in argv[2:]:
+        prepare(engine)
+    spec = lifeline.read_spec(ReplicaSpec)
+    if argv[2:]:
+        lifeline.log_to(spec.log_path)
     sock = socket.socket(fileno=int(argv[1]))
     sock.setblocking(True)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)

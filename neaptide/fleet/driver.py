@@ -1,4 +1,4 @@
-"""What a fleet is to control: a list of replicas and five verbs, all repeatable after a crash.
+"""What a fleet is to control: a list of replicas and six verbs, all repeatable after a crash.
 
 One contract suite (tests/test_driver_contract.py) holds for every driver.
 """
@@ -29,6 +29,10 @@ class Driver(Protocol):
 
     async def wake(self, id: str) -> None:
         """A standby serves again. Any other is left alone."""
+
+    async def keep_spares(self, wanted: Mapping[str, int]) -> None:
+        """From now on as many processes as `wanted` says, by engine, are up without a model; others end, and a launch
+        becomes the oldest one. Cheap: called every tick."""
 
     async def forget(self, id: str) -> None:
         """Its death has been taken note of."""

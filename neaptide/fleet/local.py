@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -27,6 +29,8 @@ from neaptide.types import Deployment, Launch, Replica, ReplicaState, Steps
 
 MODULE = "neaptide.engine.replica"
 PARKED = "parked_s"  # the fact that the supervisor keeps with a standby
+ENGINE = "engine"  # ... and with a spare
+SPARE_PAUSE_S = 30.0
 PROBE_STARTING_S = 0.05
 PROBE_READY_S = 2.0
 CUT_S = 5.0  # beyond drain_s, for a replica to cut off what still runs
@@ -80,7 +84,9 @@ class LocalDriver:
         self._supervisor, self._state, self._token = supervisor, state, token
         self._make_spec, self._on_change = make_spec, on_change
         self._watched: dict[str, Watched] = {}
-        self._drains: set[asyncio.Task[None]] = set()
+        self._ends: set[asyncio.Task[object]] = set()
+        self._spares: dict[str, ChildStatus] = {}  # oldest first
+        self._spares_from_s = 0.0  # none is started before (monotonic)
 
     async def adopt(self) -> None:
         """Take over what runs already."""
@@ -88,9 +94,16 @@ class LocalDriver:
         for status in listed:
             if status.kind == "replica":
                 self._watch(Watched(status))
+            elif status.kind == "spare":
+                self._spares[status.id] = status
 
     def exited(self, status: ChildStatus) -> None:
-        """The supervisor's exit event. One that died in draining is gone; another stays, dead, to be noted."""
+        """The supervisor's exit event. One that died in draining is gone; another stays, dead, to be noted. After the
+        death of a spare that was held none is started for a while: what killed it may kill the next."""
+        if (spare := self._spares.get(status.id)) is not None and spare.epoch == status.epoch:
+            del self._spares[status.id]
+            self._spares_from_s = mono_s() + SPARE_PAUSE_S
+            return
         watched = self._watched.get(status.id)
         if watched is None or watched.status.epoch != status.epoch:
             return
@@ -117,6 +130,7 @@ class LocalDriver:
             epoch=spec.epoch,
             module=MODULE,
             document=msgspec.Raw(msgspec.json.encode(spec)),
+            spare=self._spare_for(spec),
             opaque=_facts(spec),
         )
         answer = await self._supervisor.call("spawn", child)
@@ -130,9 +144,7 @@ class LocalDriver:
             del self._watched[id]
             return
         watched.state = "draining"
-        task = asyncio.create_task(self._stop(watched))
-        self._drains.add(task)
-        task.add_done_callback(self._drains.discard)
+        self._later(self._stop(watched))
 
     async def park(self, id: str) -> None:
         """The fact goes before the state: a control that dies between leaves a standby to its successor."""
@@ -145,6 +157,15 @@ class LocalDriver:
         facts = {k: v for k, v in w.status.opaque.items() if k != PARKED} if w is not None else {}
         if w is not None and w.state == "standby" and await self._note(w, facts):
             w.state = "ready" if w.state == "standby" else w.state
+
+    async def keep_spares(self, wanted: Mapping[str, int]) -> None:
+        for engine in {*wanted, *(s.opaque[ENGINE] for s in self._spares.values())}:
+            mine = [s for s in self._spares.values() if s.opaque[ENGINE] == engine]
+            for _ in range(wanted.get(engine, 0) - len(mine) if mono_s() >= self._spares_from_s else 0):
+                await self._start_spare(engine)
+            for status in mine[wanted.get(engine, 0) :]:
+                del self._spares[status.id]
+                self._later(self._supervisor.call("stop", {"id": status.id, "epoch": status.epoch, "kill": True}))
 
     async def forget(self, id: str) -> None:
         watched = self._watched.get(id)
@@ -210,6 +231,29 @@ class LocalDriver:
         if status == 200:
             with contextlib.suppress(ValueError):
                 w.about = msgspec.json.decode(body, type=About)
+
+    def _later(self, ending: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.create_task(ending)
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+
+    async def _start_spare(self, engine: str) -> None:
+        """Where it fails, or one of that id is about to end, the next tick tries again."""
+        epoch = self._state.next_epoch()
+        id = next(id for n in itertools.count() if (id := f"spare-{engine}-{n}") not in self._spares)
+        child = ChildSpec(kind="spare", id=id, epoch=epoch, module=MODULE, args=(engine,), opaque={ENGINE: engine})
+        with contextlib.suppress(NeaptideError):
+            status = msgspec.json.decode(await self._supervisor.call("spawn", child), type=ChildStatus)
+            if status.epoch == epoch:
+                self._spares[id] = status
+
+    def _spare_for(self, spec: ReplicaSpec) -> str:
+        """The oldest of that engine: it has imported most. Not for a replica with CPUs of its own: a library may have
+        counted all of them."""
+        fitting = (s.id for s in self._spares.values() if s.opaque[ENGINE] == spec.engine)
+        id = "" if spec.engine_cpus or spec.io_cpus else next(fitting, "")
+        self._spares.pop(id, None)
+        return id
 
     async def _note(self, w: Watched, facts: dict[str, str]) -> bool:
         """Whether the supervisor keeps these facts with it now; if it could not be asked the next tick asks again."""

@@ -24,13 +24,16 @@ PREFIXES = ("LC_", "PYTHON", "OMP_", "OV_", "OPENVINO_", "TBB_", "MALLOC_", "COV
 
 
 class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What to start. `document` goes to stdin; `opaque` is kept for whoever asked, and listed back after a restart."""
+    """What to start. `document` goes to stdin, of a spare later; `opaque` is kept for whoever asked, and listed back
+    after a restart."""
 
-    kind: str  # control | gateway | replica
+    kind: str  # control | gateway | replica | spare
     id: str
     epoch: int
     module: str
-    document: msgspec.Raw
+    document: msgspec.Raw = msgspec.Raw(b"null")
+    args: tuple[str, ...] = ()
+    spare: str = ""  # of a replica: the spare that becomes it, if that still runs
     fds: tuple[int, ...] = ()
     full_environment: bool = False
     opaque: dict[str, str] = {}
@@ -69,6 +72,18 @@ class Child:
         self.gone.set()
         self._on_exit(self)
 
+    def become(self, spec: ChildSpec) -> bool:
+        """A spare turns into what `spec` says; False when it has just died."""
+        if self._popen.stdin is None or self.exit_code is not None:
+            return False
+        try:
+            with self._popen.stdin as stdin:
+                stdin.write(bytes(spec.document))
+        except BrokenPipeError:
+            return False
+        self.spec, self.started_mono_s, self.started_wall_s = spec, mono_s(), wall_s()
+        return True
+
     def signal(self, number: int = signal.SIGTERM) -> None:
         if self.exit_code is None:
             with contextlib.suppress(ProcessLookupError):
@@ -100,7 +115,7 @@ class Child:
 def start(spec: ChildSpec, lifeline_fd: int, log_fd: int, cwd: str, on_exit: Callable[[Child], None]) -> Child:
     """Start `spec`; must run inside the loop that will watch it. OSError when the process cannot be made."""
     popen = subprocess.Popen(
-        command(spec.module),
+        [*command(spec.module), *spec.args],
         stdin=subprocess.PIPE,
         stdout=log_fd,
         stderr=log_fd,
@@ -109,7 +124,7 @@ def start(spec: ChildSpec, lifeline_fd: int, log_fd: int, cwd: str, on_exit: Cal
         pass_fds=(lifeline_fd, *spec.fds),
         start_new_session=True,  # a Ctrl-C in the terminal is the supervisor's to translate, not every child's
     )
-    if popen.stdin is not None:
+    if popen.stdin is not None and spec.kind != "spare":
         with contextlib.suppress(BrokenPipeError), popen.stdin as stdin:  # it died at once: its exit tells
             stdin.write(bytes(spec.document))
     return Child(spec, popen, on_exit)

@@ -39,6 +39,9 @@ class StaticDriver:
     async def wake(self, id: str) -> None:
         """It never stands by."""
 
+    async def keep_spares(self, wanted: Mapping[str, int]) -> None:
+        """Nothing is started here, so nothing is kept for it."""
+
     async def forget(self, id: str) -> None:
         """It does not die here."""
 

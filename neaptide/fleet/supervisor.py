@@ -24,6 +24,7 @@ from neaptide.fleet.state import StateDir
 YOUNG_S = 5.0  # a process that dies younger than this is paused before its next start
 LONGEST_PAUSE_S = 5.0
 LAST_S = 4.0  # of the grace, kept for replicas and control
+STARTED = ("replica", "spare")  # on control's request
 MakeSpec = Callable[[int], ChildSpec]  # epoch -> spec
 
 
@@ -93,7 +94,7 @@ class Supervisor:
         deadline = mono_s() + self.grace_s
         for kinds, until in (
             (("gateway",), deadline - LAST_S),
-            (("replica",), deadline - 2.0),
+            (STARTED, deadline - 2.0),
             (("control",), deadline),
         ):
             await self._end_all(kinds, max(0.2, until - mono_s()))
@@ -168,12 +169,14 @@ class Supervisor:
         raise ProcessError(f"the supervisor knows no {op!r}", code="E302")
 
     def _spawn(self, spec: ChildSpec) -> ChildStatus:
-        """Idempotent by id: a child that runs is told, not doubled. Mints the epoch."""
-        if spec.kind != "replica":
+        """Idempotent by id: a child that runs is told, not doubled. A spare that is named becomes the child."""
+        if spec.kind not in STARTED:
             raise ProcessError(f"{spec.kind} is not control's to start", code="E302")
         if self._ending.is_set():
             raise ProcessError(f"{spec.id}: shutting down", code="E302")
-        running = self._children.get(spec.id)
+        running, spare = self._children.get(spec.id), self._children.get(spec.spare)
+        if running is None and spare is not None and spare.spec.kind == "spare" and spare.become(spec):
+            running = self._children[spec.id] = self._children.pop(spec.spare)
         return (running or self._start(spec)).status()
 
     async def _stop(self, stop: Stop) -> bool:
@@ -198,11 +201,12 @@ class Supervisor:
 
     def _replica(self, id: str, epoch: int) -> Child | None:
         child = self._children.get(id)
-        return child if child is not None and (child.spec.kind, child.spec.epoch) == ("replica", epoch) else None
+        mine = child is not None and child.spec.kind in STARTED and child.spec.epoch == epoch
+        return child if mine else None
 
     def pids(self) -> dict[str, list[int]]:
         """What `up --json` prints."""
         out: dict[str, list[int]] = {"supervisor": [os.getpid()], "control": [], "gateway": [], "replica": []}
         for child in self._children.values():
-            out[child.spec.kind].append(child.pid)
+            out.setdefault(child.spec.kind, []).append(child.pid)
         return out
