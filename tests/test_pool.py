@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
+
 import pytest
 
 from neaptide.config import Settings, parse
@@ -9,9 +12,10 @@ from neaptide.control.decide import decide
 from neaptide.control.desired import deployment, difference, grouped, members
 from neaptide.control.signals import Heard, read
 from neaptide.engine import pipe
+from neaptide.engine.core import Ended, Loop
 from neaptide.engine.memory import fit
 from neaptide.engine.pool import Rounds
-from neaptide.engine.protocol import Capacity
+from neaptide.engine.protocol import Capacity, Description, Emission, Sampling
 from neaptide.engine.report import joined
 from neaptide.errors import ConfigError, ModelError
 from neaptide.table import Gauges, ModelGauge
@@ -182,3 +186,55 @@ def test_metrics_of_several_models_have_one_head_a_metric() -> None:
         '# TYPE x gauge\nx{m="a"} 1\nx{m="b"} 1\n# TYPE y counter\ny{m="a"} 2\ny{m="b"} 2\n'
     )
     assert joined([one]) == one
+
+
+class Counting:
+    """An engine with `left` steps to make. Each is said; after the last one of all, `end` is called."""
+
+    def __init__(self, name: str, left: int, said: list[str], most: int, end: Callable[[], None]) -> None:
+        self.name, self.left, self.said, self.most, self.end = name, left, said, most, end
+
+    def describe(self) -> Description:
+        return Description(engine="x", model=self.name, context_tokens=1, vocab_size=1, max_running=1, kv_tokens=1)
+
+    def free(self) -> Capacity:
+        return Capacity(running=0, free_slots=1, free_kv_tokens=1)
+
+    def add(self, id: int, *rest: object) -> None:
+        self.left += id
+
+    def busy(self) -> bool:
+        return self.left > 0
+
+    def step(self) -> list[Emission]:
+        self.left -= 1
+        self.said.append(self.name)
+        if len(self.said) == self.most:
+            self.end()
+        return []
+
+    def abort(self, id: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_busy_models_make_a_step_each_in_a_ring_and_what_is_told_says_whose_it_is() -> None:
+    ours, theirs = socket.socketpair()
+    said: list[str] = []
+    loop = Loop(theirs)
+    for name, left in (("a", 3), ("b", 1), ("c", 2)):
+        loop.host(Counting(name, left, said, 8, lambda: ours.sendall(pipe.pack(pipe.Close()))), {})
+    ours.sendall(pipe.pack(pipe.Member(1)) + pipe.pack(pipe.Add(2, [], [], 0, Sampling(max_tokens=1))))
+    with pytest.raises(Ended):
+        loop.run()
+    theirs.close()
+    assert "".join(said) == "bcabcaba"
+    told, whose = {"Ready": "", "Stepped": ""}, 0
+    for body in pipe.MessageReader().feed(ours.makefile("rb").read()):
+        message = pipe.from_engine.decode(body)
+        if isinstance(message, pipe.Member):
+            whose = message.index
+        else:
+            told[type(message).__name__] += "abc"[whose]
+    ours.close()
+    assert told == {"Ready": "abc", "Stepped": "bcabcaba"}

@@ -115,6 +115,16 @@ def test_a_restarted_control_adopts_the_pool_and_apply_replaces_it_as_one(serve:
     assert chat(service, "new", "one", max_tokens=2).join().status == 200
 
 
+def test_a_pool_that_cannot_start_fails_for_all_its_models_with_the_one_that_is_at_fault(serve: Serve) -> None:
+    service = serve(ZERO.replace("max_running: 2", "max_running: 2, precision: f32", 1))
+    refused = chat(service, "hello", "two").join(60)
+    assert (refused.status, refused.error) == (503, "replica_failing")
+    failing = {m: d["failing"] for m, d in by_model(service).items()}
+    assert failing["alone"] == ""
+    assert "models.one.options.precision" in failing["one"]
+    assert failing["one"] == failing["two"]
+
+
 def test_two_real_models_answer_from_one_engine_process(serve: Serve) -> None:
     service = serve(GUIDES)
     assert set(replicas(service)) == {"guides-0"}
