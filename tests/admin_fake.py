@@ -50,7 +50,7 @@ from neaptide.control.port import (
     UsageTotal,
     UsageTotals,
 )
-from neaptide.types import Choice, Override, Scale, Traits, Usage
+from neaptide.types import Choice, Override, Reason, Scale, Traits, Usage
 
 TOKEN = "t" * 64
 
@@ -66,6 +66,7 @@ class FakeControl:
         self.asked: list[object] = []
         self.broken: Exception | None = None
         self.override: Override | None = None
+        self.why: tuple[Reason, ...] = ()  # of the choices; without any they say their English sentence
 
     async def status(self) -> Status:
         if self.broken is not None:
@@ -127,23 +128,21 @@ class FakeControl:
             arrivals_per_s=3.1, expected_per_s=3.8, in_flight=5, capacity_rps=4.0,
             traits=Traits(slots=8.0, service_s=2.0, cold_start_s=12.0, learnt="measured"),
             stages=(Stage(name="load_s", seconds=9.0),), starts=3, override=self.override,
-            sentence="guide: 1 to 2 replicas: slo wants 2", cost_per_hour=6.4,
+            sentence="guide: 1 to 2 replicas: slo wants 2", choice=self.choice(1), cost_per_hour=6.4,
+        )  # fmt: skip
+
+    def choice(self, i: int) -> Choice:
+        sentence = "guide: 1 to 2 replicas: slo wants 2" if i == 1 else f"guide: reason {i}"
+        return Choice(
+            model="guide", action="hold" if i % 2 else "launch", before=1, after=1 if i % 2 else 2, sentence=sentence,
+            why=self.why, numbers={"capacity_rps": 4.0}, policy="slo", cost_per_hour=3.2, currency="CNY",
         )  # fmt: skip
 
     async def choices(self, model: str, limit: int) -> Choices:
         self.asked.append(("why", model, limit))
         if model not in ("", "guide"):
             raise NotFoundError(f"no model {model!r} is served", fix="neaptide models list")
-        rows = [
-            ChoiceRow(
-                wall_s=1_760_000_000.0 + 60 * i,
-                choice=Choice(
-                    model="guide", action="hold" if i % 2 else "launch", before=1, after=1 if i % 2 else 2,
-                    sentence=f"guide: reason {i}", policy="slo", cost_per_hour=3.2, cost_change_per_hour=0.0,
-                ),
-            )
-            for i in range(5, 0, -1)
-        ]  # fmt: skip
+        rows = [ChoiceRow(wall_s=1_760_000_000.0 + 60 * i, choice=self.choice(i)) for i in range(5, 0, -1)]
         return Choices(rows=tuple(rows[:limit]))
 
     async def set_override(self, new: NewOverride) -> ScaleRow:

@@ -92,8 +92,8 @@ def row(id: str, queued_s: float = 0.0, *replicas: str) -> Row:
 
 
 def decided(at_s: float, before: int, after: int) -> Decided:
-    return Decided(at_s=at_s, before=before, after=after, sentence=f"tide: {before} to {after}", numbers={},
-                   change_per_hour=12.0 * (after - before))  # fmt: skip
+    return Decided(at_s=at_s, before=before, after=after, numbers={}, change_per_hour=12.0 * (after - before),
+                   said={"en": f"tide: {before} to {after} <b>", "zh": f"tide：{before} → {after}"})  # fmt: skip
 
 
 def played(**changed: Any) -> Played:
@@ -204,7 +204,8 @@ def test_the_page_asks_the_network_for_nothing_and_holds_every_decision() -> Non
     assert not re.search(r"""(src|href)\s*=|url\(|@import|https?://""", html)
     assert "default-src 'none'" in html
     for of in day.seen.decided:
-        assert of.sentence in html
+        assert f'<span lang="en">tide: {of.before} to {of.after} &lt;b&gt;</span>' in html
+        assert f'<span lang="zh-CN">{of.said["zh"]}</span>' in html
     assert "¥0.70" in html  # 210 replica-seconds at 12 an hour
     assert "hpa" in html
 

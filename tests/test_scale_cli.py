@@ -11,6 +11,7 @@ import pytest
 
 from neaptide.cli.scale import seconds
 from neaptide.control.port import NewOverride
+from neaptide.control.reasons import reason
 from neaptide.errors import ConfigError
 from tests.admin_fake import FakeControl, admin_server
 from tests.cli_run import cli
@@ -79,7 +80,14 @@ def test_shadows_are_set_against_what_ran(control: FakeControl) -> None:
 
 
 def test_it_speaks_chinese_too(control: FakeControl) -> None:
-    assert "应有" in ask(control, "show", NEAPTIDE_LANG="zh").stdout
+    control.why = (reason("waits", n=3), reason("clamp.max", n=1))
+    said = "guide：1 个副本不变：有 3 个请求在等待，而没有副本就绪或在启动，但 max 是 1；每小时 ¥3.20"
+    shown = ask(control, "show", NEAPTIDE_LANG="zh").stdout
+    assert "应有" in shown
+    assert said in shown.splitlines()
+    assert ask(control, "why", "--limit", "1", "--lang", "zh").stdout.splitlines()[0].endswith(f"  = {said}")
+    control.why = ()
+    assert "guide: reason 5" in ask(control, "why", NEAPTIDE_LANG="zh").stdout  # decided by an older release
 
 
 @pytest.mark.parametrize(

@@ -174,9 +174,8 @@ def test_names_from_a_file_are_text_not_markup() -> None:
 
 
 def test_every_text_of_the_page_exists_in_both_languages_and_is_used() -> None:
-    spoken = "".join(
-        (ROOT / "neaptide" / "simulate" / name).read_text("utf-8") for name in ("report.py", "plots.py", "report.html")
-    )
+    speaking = ("report.py", "plots.py", "report.html", "sheet.html")
+    spoken = "".join((ROOT / "neaptide" / "simulate" / name).read_text("utf-8") for name in speaking)
     for key, words in texts.catalogue().items():
         assert set(words) == set(texts.LANGUAGES), key
         fields = [{name for _, name, _, _ in string.Formatter().parse(text) if name} for text in words.values()]
@@ -231,7 +230,10 @@ def test_a_page_that_cannot_be_written_is_an_error_that_says_where(tmp_path: Pat
 def test_the_rendered_example_is_current_and_small() -> None:
     text = (ROOT / "docs" / "simulate-example.html").read_text("utf-8")
     assert len(text.encode()) < 300_000
-    style = re.search(r"<style>(.*?)\{\{", (ROOT / "neaptide/simulate/report.html").read_text("utf-8"), re.S)
-    assert style is not None
-    assert style[1] in text
+    pages = ROOT / "neaptide" / "simulate"
+    shared = re.search(r"<style>(.*?)\{%", (pages / "sheet.html").read_text("utf-8"), re.S)
+    own = re.search(r"block style %\}(.*?)\{\{", (pages / "report.html").read_text("utf-8"), re.S)
+    assert shared is not None
+    assert own is not None
+    assert shared[1] + own[1] in text
     assert read(text).fetched == []

@@ -113,7 +113,7 @@ class Narrator:
 
     def _decided(self, decided: Decided) -> str:
         mark = paint("+", "green") if decided.after > decided.before else paint("-", "yellow")
-        return self._at(decided.at_s, f"{mark} {sentence(decided)}")
+        return self._at(decided.at_s, f"{mark} {decided.said[language()]}")
 
     def _traffic(self, at_s: float, rate: float, replicas: int, ttft_s: float) -> str:
         text = say("demo.traffic", rate=f"{rate:.1f}", replicas=replicas, ttft=span(ttft_s))
@@ -132,20 +132,6 @@ class Narrator:
 
     def _stop(self) -> list[str]:
         return [f"       {say('demo.stop')}", ""]
-
-
-def sentence(decided: Decided) -> str:
-    """As control said it; in Chinese, the same numbers."""
-    if language() == "en":
-        return decided.sentence
-    numbers = decided.numbers
-    text = say(
-        "demo.decided", before=decided.before, after=decided.after, rate=f"{numbers.get('arrivals_per_s', 0):.1f}",
-        waiting=f"{numbers.get('waiting', 0):.0f}", running=f"{numbers.get('running', 0):.0f}",
-        serves=f"{numbers.get('capacity_rps', 0):.1f}",
-    )  # fmt: skip
-    change = decided.change_per_hour
-    return f"{text}；{'+' if change > 0 else '-'}{price(abs(change), CURRENCY)}/h" if change else text
 
 
 def summary(made: Bill) -> list[str]:

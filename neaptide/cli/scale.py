@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import re
 from collections.abc import Sequence
 
@@ -11,10 +10,10 @@ import msgspec
 
 from neaptide.cli import client
 from neaptide.cli.draw import moment, paint, span, table
-from neaptide.cli.session import Session, common
-from neaptide.cli.words import say
+from neaptide.cli.session import Session, common, user
+from neaptide.cli.words import language, say
 from neaptide.control.port import Choices, NewOverride, NotFoundError, ScaleRow, Scales, ShadowRow, Shadows
-from neaptide.control.reasons import price
+from neaptide.control.reasons import price, sentence
 from neaptide.errors import ConfigError
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -69,7 +68,8 @@ def _traffic(r: ScaleRow) -> list[str]:
 
 def _beneath(r: ScaleRow) -> list[str]:
     """The reason in full, what was set by hand, what a start takes."""
-    out = [r.sentence] if r.sentence else []
+    said = sentence(r.choice, language()) if r.choice else r.sentence
+    out = [said] if said else []
     if r.override is not None:
         out.append(say("scale.held", model=r.model, n=r.override.count, until=moment(r.override.until_wall_s)))
     if r.starts:
@@ -121,7 +121,7 @@ def why(session: Session, model: str | None, limit: int) -> None:
         click.echo(say("scale.no_choices"))
     for row in told.rows:
         mark = {"launch": paint("+", "green"), "drain": paint("-", "yellow")}.get(row.choice.action, "=")
-        click.echo(f"{moment(row.wall_s)}  {mark} {row.choice.sentence}")
+        click.echo(f"{moment(row.wall_s)}  {mark} {sentence(row.choice, language())}")
 
 
 @scale.command("set", help=say("scale.set"))
@@ -130,7 +130,7 @@ def why(session: Session, model: str | None, limit: int) -> None:
 @click.option("--for", "lasting", metavar="TIME", default="1h", show_default=True, help=say("scale.opt.for"))
 @common
 def set_scale(session: Session, model: str, replicas: int, lasting: str) -> None:
-    new = NewOverride(model=model, replicas=replicas, for_s=seconds(lasting), by=_user())
+    new = NewOverride(model=model, replicas=replicas, for_s=seconds(lasting), by=user())
     row = client.admin(session.state).call("POST", "scale/override", ScaleRow, body=msgspec.json.encode(new))
     _told(session, row, _beneath(row)[-2:] if row.starts else _beneath(row)[-1:])
 
@@ -157,10 +157,3 @@ def seconds(text: str) -> float:
     if "".join(n + unit for n, unit in parts) != text or found <= 0:
         raise ConfigError(f"--for {text!r} is no time", code="E110", fix="write 90s, 30m, 2h, 1d or 1h30m")
     return found
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user may have no name
-        return ""

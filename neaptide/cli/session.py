@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import getpass
 import json
 import os
 import sys
@@ -63,6 +64,14 @@ def common(verb: Callable[..., Any]) -> Callable[..., Any]:
         return verb(Session(state, as_json), *args, **rest)
 
     return run
+
+
+def user() -> str:
+    """Who calls, for what is set by hand; "" where nobody can tell."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        return ""
 
 
 def colours() -> bool:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from neaptide import __version__
@@ -15,6 +13,7 @@ from neaptide.demo.bill import Bill, Promise
 from neaptide.demo.records import Decided, Played
 from neaptide.demo.story import ATTAINMENT, MOST, TPOT_GOAL_S, TTFT_GOAL_S
 from neaptide.demo.texts import LANGUAGES, say, texts
+from neaptide.simulate.sheet import sheet
 
 
 class Line(NamedTuple):
@@ -23,14 +22,12 @@ class Line(NamedTuple):
     hour: str
     up: bool
     step: str
-    said: Markup  # control's own words; in Chinese, the same numbers
+    said: Markup  # control's own words
 
 
 def page(played: Played, made: Bill, language: str = "en") -> str:
     """The whole page; `language` is the one that it shows first."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    template = environment.from_string(files("neaptide.demo").joinpath("page.html").read_text("utf-8"))
-    return template.render(
+    return sheet("neaptide.demo/page.html").render(
         t=say, version=__version__, html_lang=LANGUAGES[language], title=texts("title")[language],
         lead=say("lead", seconds=f"{played.played_s:.0f}", sent=made.sent, most=MOST),
         rules=say("rules") if made.policy == "thresholds" else say("chosen", policy=made.policy),
@@ -41,7 +38,7 @@ def page(played: Played, made: Bill, language: str = "en") -> str:
         traffic_caption=say("plot.traffic.caption", failed=made.failed, broken=made.broken),
         ttft_caption=say("plot.ttft.caption", ttft=f"{TTFT_GOAL_S:g}", tpot=f"{TPOT_GOAL_S:g}", goal=_share(ATTAINMENT),
                          share=_share(made.attainment)),
-        decisions=[_line(played, made, d) for d in played.seen.decided], bill=_bill(made),
+        decisions=[_line(played, d) for d in played.seen.decided], bill=_bill(made),
         day=say("bill.day", day=_money(made, made.a_day(made.cost)), fixed=_money(made, made.a_day(made.fixed_cost))),
         shadows=_shadows(made), limits=say("limits", minutes=f"{1440 / played.story.day_s:.0f}"),
     )  # fmt: skip
@@ -62,20 +59,13 @@ def _promise(promise: Promise) -> Markup:
     return say(f"promise.{promise.name}", **values)
 
 
-def _line(played: Played, made: Bill, decided: Decided) -> Line:
-    number = decided.numbers.get
-    change = decided.change_per_hour
-    chinese = texts(
-        "decided", before=decided.before, after=decided.after, rate=f"{number('arrivals_per_s', 0):.1f}",
-        waiting=f"{number('waiting', 0):.0f}", running=f"{number('running', 0):.0f}",
-        serves=f"{number('capacity_rps', 0):.1f}",
-        money=f"{'-' if change < 0 else '+'}{price(abs(change), made.currency)}",
-    )["zh"]  # fmt: skip
+def _line(played: Played, decided: Decided) -> Line:
+    spans = [Markup('<span lang="{}">{}</span>').format(LANGUAGES[name], text) for name, text in decided.said.items()]
     return Line(
         hour=played.story.hour(decided.at_s),
         up=decided.after > decided.before,
         step=f"{decided.before} → {decided.after}",
-        said=Markup('<span lang="en">{}</span><span lang="zh-CN">{}</span>').format(decided.sentence, chinese),
+        said=Markup("").join(spans),
     )
 
 

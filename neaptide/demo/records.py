@@ -53,7 +53,7 @@ class Decided(msgspec.Struct, kw_only=True):
     at_s: float
     before: int
     after: int
-    sentence: str
+    said: dict[str, str]  # by language
     numbers: dict[str, float]
     change_per_hour: float
 

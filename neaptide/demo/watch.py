@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from neaptide.clock import mono_s, wall_s
 from neaptide.control.port import Choices, ReplicaStatus, Scales, Status
+from neaptide.control.reasons import LANGUAGES, sentence
 from neaptide.demo.records import Decided, Killed, Sample, Seen, Visit
 from neaptide.demo.story import MODEL, Story
 from neaptide.errors import NeaptideError
@@ -84,13 +85,14 @@ class Watch:
     # --- decisions ----------------------------------------------------------------------------------------------
 
     def _decisions(self) -> None:
-        known = {(d.at_s, d.sentence) for d in self.seen.decided}
+        known = {(d.at_s, d.before, d.after) for d in self.seen.decided}
         told = self._ask("scale/why", Choices, {"model": MODEL, "limit": 40}).rows
         for row in reversed(told):
             c, at_s = row.choice, row.wall_s - self._began_wall_s
-            if c.action == "hold" or c.before == c.after or (at_s, c.sentence) in known:
+            if c.action == "hold" or c.before == c.after or (at_s, c.before, c.after) in known:
                 continue
-            made = Decided(at_s=at_s, before=c.before, after=c.after, sentence=c.sentence, numbers=c.numbers,
+            said = {language: sentence(c, language) for language in LANGUAGES}
+            made = Decided(at_s=at_s, before=c.before, after=c.after, said=said, numbers=c.numbers,
                            change_per_hour=c.cost_change_per_hour)  # fmt: skip
             self.seen.decided.append(made)
             self._tell("decided", {"decided": made})

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from neaptide import __version__
@@ -14,6 +12,7 @@ from neaptide.simulate.bound import DEFINITION
 from neaptide.simulate.compare import Comparison, Row
 from neaptide.simulate.outcome import Price, by_cost, reported_days
 from neaptide.simulate.policies import OWN, STATIC
+from neaptide.simulate.sheet import sheet
 from neaptide.simulate.texts import LANGUAGES, spans, texts
 
 # Light and dark are told apart by the page's own colours; these stand on both.
@@ -41,12 +40,10 @@ class Line(NamedTuple):
 
 def page(found: Comparison, price: Price | None = None, language: str = "en") -> str:
     """The whole page; `language` is the one that it shows first."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    template = environment.from_string(files("neaptide.simulate").joinpath("report.html").read_text("utf-8"))
     shown = shown_row(found)
     cost, outside = plots.cost_against_attainment(found)
     families = list(dict.fromkeys(point.policy for point in found.points))
-    return template.render(
+    return sheet("neaptide.simulate/report.html").render(
         t=say, version=__version__, html_lang=LANGUAGES[language], title=texts("title")[language],
         lead=say("lead", series=_series(found), **_span(found), requests=f"{_requests(found):,.0f}"),
         tiles=_tiles(found, price), in_sample=found.question.in_sample, families=families, colours=_styles(families),
@@ -57,7 +54,7 @@ def page(found: Comparison, price: Price | None = None, language: str = "en") ->
         slo=Markup(plots.price_of_slo(found, price)), slo_lines=_slo_lines(found, price),  # noqa: S704
         table_caption=say("table.caption", tune=_tune(found), seeds=", ".join(map(str, found.question.seeds))),
         columns=_columns(found, price), rows=[_line(found, row, price) for row in by_cost(found)],
-        world=_world(found),
+        world=_world(found), limits=say("limits"),
     )  # fmt: skip
 
 
