@@ -21,7 +21,7 @@ from neaptide.dashboard.app import Dashboard
 from neaptide.dashboard.live import Fleet
 from neaptide.dashboard.source import About, Look, ReplicaLine
 from neaptide.table import Gauges, ModelGauge
-from neaptide.types import Plan
+from neaptide.types import Override, Plan
 from tests.admin_fake import TOKEN, FakeControl
 
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -49,17 +49,20 @@ class FakeSource:
         return self.rows[:limit]
 
 
-def look(second: int, *, plan: Plan | None = None, fleet: Fleet | None = None, **counters: Any) -> Look:
+def look(
+    second: int, *, plan: Plan | None = None, fleet: Fleet | None = None, override: Override | None = None,
+    model: str = "m", **counters: Any,
+) -> Look:  # fmt: skip
     """What control holds at a second: one model with these counters, one replica."""
     wall_s = 1_760_000_000.0 + second
-    gauge = Gauges(gateway="gateway-0", mono_s=float(second), fast=1, slow=1, models={"m": ModelGauge(**counters)})
+    gauge = Gauges(gateway="gateway-0", mono_s=float(second), fast=1, slow=1, models={model: ModelGauge(**counters)})
     return Look(
         wall_s=wall_s,
         mono_s=float(second),
         gauges=(gauge,),
-        fleets={"m": fleet or Fleet(ready=1, billed=1, wanted=1.0, slots=8.0, price_per_hour=3.6)},
-        about=(About(model="m", engine="echo", min=1, max=2, policy="slo", price_per_hour=3.6),),
-        replicas=(ReplicaLine(id="m-0", model="m", state="ready"),),
+        fleets={model: fleet or Fleet(ready=1, billed=1, wanted=1.0, slots=8.0, price_per_hour=3.6)},
+        about=(About(model=model, engine="echo", min=1, max=2, policy="slo", price_per_hour=3.6, override=override),),
+        replicas=(ReplicaLine(id=f"{model}-0", model=model, state="ready"),),
         plans=((wall_s, plan),) if plan else (),
     )
 

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from neaptide.clock import VirtualClock
+from neaptide.control.port import NewOverride
 from neaptide.control.reasons import reason
 from neaptide.dashboard.app import MAX_PAGES
 from neaptide.dashboard.pages import UI
 from neaptide.dashboard.sessions import MAX_SESSIONS, MAX_TICKETS, SESSION_S, TICKET_S, Sessions, matches
-from neaptide.types import Choice, Plan
+from neaptide.types import Choice, Override, Plan
 from tests.admin_fake import write_state
 from tests.cli_run import cli
 from tests.dashboard_kit import BEARER, Site, events, look, site
@@ -127,6 +128,50 @@ def test_a_link_that_is_old_opens_nothing(here: Site) -> None:
     here.clock.advance(TICKET_S)
     status, headers, _ = here.ask("GET", link)
     assert (status, "set-cookie" in headers) == (401, False)
+
+
+def test_a_session_knows_who_asked_for_its_link(here: Site) -> None:
+    status, _, raw = here.ask("POST", "/ui/ticket", BEARER, b'{"by": "ann"}')
+    assert status == 201
+    _, headers, _ = here.ask("GET", json.loads(raw)["url"].removeprefix(here.source.admin_url.rstrip("/")))
+    cookie = {"Cookie": headers["set-cookie"].partition(";")[0]}
+    assert json.loads(here.ask("GET", "/ui/session", cookie)[2])["by"] == "ann"
+    assert json.loads(here.ask("GET", "/ui/session", here.sign_in())[2])["by"] == ""
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b'{"by": 1}', b'{"by": "x", "role": "root"}', b'{"by": "%s"}' % (b"x" * 65)]
+)
+def test_a_link_is_asked_for_strictly(here: Site, body: bytes) -> None:
+    status, _, raw = here.ask("POST", "/ui/ticket", BEARER, body)
+    assert (status, json.loads(raw)["error"]["code"]) == (400, "E605")
+
+
+def test_a_count_is_set_by_hand_with_the_sessions_token_alone(here: Site) -> None:
+    browser, body = here.sign_in(), b'{"model": "guide", "replicas": 2, "for_s": 900, "by": "ann"}'
+    place, clear = "/api/v1/scale/override", "/api/v1/scale/override?model=guide"
+    signed = {**browser, **here.token(browser)}
+    guessed, foreign = {**browser, "x-neaptide-session": "guess"}, {**signed, "Sec-Fetch-Site": "cross-site"}
+    for headers in ({}, browser, guessed, foreign):
+        assert here.ask("POST", place, headers, body)[0] == 401
+        assert here.ask("DELETE", clear, headers)[0] == 401
+    assert here.control.asked == []
+    assert here.ask("POST", place, signed, b'{"model": "guide", "replicas": "2"}')[0] == 400
+    assert here.ask("POST", place, signed, body)[0] == 200
+    assert here.ask("DELETE", clear, signed)[0] == 200
+    assert here.control.asked == [NewOverride(model="guide", replicas=2, for_s=900, by="ann"), ("clear", "guide")]
+
+
+def test_a_count_that_is_set_by_hand_is_told_to_every_page(here: Site) -> None:
+    browser = here.sign_in()
+    here.beat(look(0))
+    connection, response = here.open("GET", "/ui/live", browser)
+    stream = events(response)
+    assert next(stream)[1]["state"]["models"][0]["override"] is None
+    here.beat(look(1, override=Override(count=2, until_wall_s=1_760_003_600.0, by="ann")))
+    told = dict([next(stream), next(stream)])
+    connection.close()
+    assert told["state"]["models"][0]["override"] == {"count": 2, "until_wall_s": 1_760_003_600.0, "by": "ann"}
 
 
 def test_a_session_may_read_and_with_its_token_change(here: Site) -> None:
@@ -283,12 +328,14 @@ def test_every_text_that_the_page_asks_for_is_there_and_none_is_left_over() -> N
 
 
 def test_every_name_that_is_put_together_is_in_the_catalogue() -> None:
-    heads = {"models": "overview.js", "replica": "capacity.js"}
+    heads = {"models": "overview.js", "replica": "capacity.js", "shadow": "shadows.js"}
     for family, script in heads.items():
         (names,) = re.findall(r"const heads = (\[[^\]]*\]);", (UI / script).read_text(encoding="utf-8"))
         assert {f"{family}.{name}" for name in json.loads(names)} <= set(CATALOGUE)
     states = {f"state.{s}" for s in ("starting", "ready", "draining", "dead")}
     others = {f"action.{a}" for a in ("launch", "drain", "hold")} | {"range.15m", "range.24h"}
+    others |= {f"clamp.{c}" for c in ("budget", "max", "min", "override")}
+    others |= {f"shadow.{kind}" for kind in ("ran", "alone", "same", "more", "less")}
     links = {f"link.{s}" for s in ("connecting", "live", "paused", "lost")}
     assert states | others | links <= set(CATALOGUE)
 

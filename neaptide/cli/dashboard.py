@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from neaptide.cli import client
-from neaptide.cli.session import Session, common
+from neaptide.cli.session import Session, common, user
 from neaptide.cli.words import say
 
 LINK = "/ui/ticket"  # not of the API: it serves this verb and `up`
@@ -39,7 +39,8 @@ def link(state: Path, timeout_s: float = 10.0) -> Link:
     """A new link to what runs in `state`; NeaptideError when nothing runs there or it refuses."""
     endpoint = client.Endpoint.of(client.running(state).admin)
     headers = {"Authorization": f"Bearer {client.secret_file(state / 'admin-token')}"}
-    status, _, told = client.exchange(endpoint, "POST", f"{endpoint.path}{LINK}", headers, b"", timeout_s)
+    body = msgspec.json.encode({"by": user()[:64]})
+    status, _, told = client.exchange(endpoint, "POST", f"{endpoint.path}{LINK}", headers, body, timeout_s)
     if status >= 400:
         raise client.refused(status, told, endpoint)
     return msgspec.json.decode(told, type=Link)

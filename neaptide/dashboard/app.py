@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import msgspec
@@ -33,6 +34,12 @@ HEADER = "x-neaptide-session"  # carries a session's token with calls that chang
 PASSED_ON = ("content-type", "retry-after", "x-request-id", "x-neaptide-request-id")
 SAFE = ("GET", "HEAD")
 SINCE = re.compile(r"\d{1,12}(\.\d{1,9})?")
+
+
+class TicketAsk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /ui/ticket; none is an empty one."""
+
+    by: Annotated[str, msgspec.Meta(max_length=64)] = ""  # who asks for the link
 
 
 class Dashboard:
@@ -99,13 +106,18 @@ class Dashboard:
 
     async def ticket(self, request: Request) -> Response:
         """A new one-time link; the bearer token is its price."""
-        url = f"{self._source.admin_url}?ticket={self.sessions.ticket()}"
+        try:
+            asked = msgspec.json.decode(await request.body() or b"{}", type=TicketAsk)
+        except msgspec.MsgspecError as e:
+            raise AdminError(400, "E605", f"the body is not valid: {e}", fix='{"by": "your name"}, or none') from e
+        url = f"{self._source.admin_url}?ticket={self.sessions.ticket(asked.by)}"
         return answer({"url": url, "valid_s": TICKET_S}, 201)
 
     async def session(self, request: Request) -> Response:
         """What only the session's own page may know."""
         session = self._session(request.headers.get("cookie", ""))
-        return answer({"token": session.token if session else "", "header": HEADER, "chips": chips()})
+        token, by = (session.token, session.by) if session else ("", "")
+        return answer({"token": token, "header": HEADER, "by": by, "chips": chips()})
 
     async def leave(self, request: Request) -> Response:
         self.sessions.end(_cookie(request.headers.get("cookie", ""), self._cookie))

@@ -25,6 +25,12 @@ MAX_SESSIONS = 64
 class Session(msgspec.Struct, frozen=True, kw_only=True):
     token: str  # for the header of calls that change something
     until_s: float  # monotonic
+    by: str = ""  # who asked for the link; told with what is set by hand
+
+
+class Ticket(msgspec.Struct, frozen=True):
+    until_s: float  # monotonic
+    by: str
 
 
 class Sessions:
@@ -32,25 +38,24 @@ class Sessions:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._tickets: OrderedDict[bytes, float] = OrderedDict()  # digest -> until, monotonic
+        self._tickets: OrderedDict[bytes, Ticket] = OrderedDict()  # by digest
         self._sessions: OrderedDict[bytes, Session] = OrderedDict()
 
-    def ticket(self) -> str:
+    def ticket(self, by: str = "") -> str:
         """A new ticket, good once within TICKET_S."""
         value = secrets.token_urlsafe(32)
-        self._tickets[_digest(value)] = self._clock.mono_s() + TICKET_S
+        self._tickets[_digest(value)] = Ticket(self._clock.mono_s() + TICKET_S, by)
         while len(self._tickets) > MAX_TICKETS:
             self._tickets.popitem(last=False)
         return value
 
     def redeem(self, ticket: str) -> str | None:
         """The cookie of a new session; None for a ticket that is unknown, used or old."""
-        until_s = self._tickets.pop(_digest(ticket), None)
-        now_s = self._clock.mono_s()
-        if until_s is None or until_s <= now_s:
+        used, now_s = self._tickets.pop(_digest(ticket), None), self._clock.mono_s()
+        if used is None or used.until_s <= now_s:
             return None
-        cookie = secrets.token_urlsafe(32)
-        self._sessions[_digest(cookie)] = Session(token=secrets.token_urlsafe(32), until_s=now_s + SESSION_S)
+        cookie, token = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+        self._sessions[_digest(cookie)] = Session(token=token, until_s=now_s + SESSION_S, by=used.by)
         while len(self._sessions) > MAX_SESSIONS:
             self._sessions.popitem(last=False)
         return cookie

@@ -11,7 +11,7 @@ from neaptide.clock import mono_s, wall_s
 from neaptide.control.port import UsageFilter, UsageRow
 from neaptide.dashboard.live import NAN, Fleet
 from neaptide.table import Gauges
-from neaptide.types import Deployment, Plan, Replica, Slo, Traits
+from neaptide.types import Deployment, Override, Plan, Replica, Slo, Traits
 
 if TYPE_CHECKING:
     from neaptide.control.app import Control
@@ -33,6 +33,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     price_per_hour: float = 0.0  # of one replica; 0: not known
     learnt: str = ""  # what one replica serves: assumed | measured
     failing: str = ""
+    override: Override | None = None  # a count that is set by hand, and until when
 
 
 class ReplicaLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +153,7 @@ class ControlSource:
             price_per_hour=scale.price_per_hour,
             learnt=traits.learnt if traits else "",
             failing=next((failing[m] for m in d.models if m in failing), ""),
+            override=self._control.scaling.overrides().get(model),
         )
 
     def _traits(self, model: str) -> Traits | None:

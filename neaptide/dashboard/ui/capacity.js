@@ -2,6 +2,8 @@
 import { html } from "./html.js";
 import { signal } from "@preact/signals";
 import { Chart } from "./chart.js";
+import { Hand } from "./hand.js";
+import { Shadows } from "./shadows.js";
 import { NONE, clock, count, money } from "./numbers.js";
 import { ALL, beat, chosen, column, flags, picked, replicas, state, times } from "./store.js";
 import { said, t } from "./words.js";
@@ -69,9 +71,9 @@ function Words({ flag }) {
     [t("decision.count"), flag.before === null ? NONE : `${flag.before} → ${flag.after}`],
     [t("decision.replicas"), flag.replicas.join(", ") || NONE],
     [t("decision.policy"), flag.policy || NONE],
-    [t("decision.clamp"), flag.clamp || NONE],
+    [t("decision.clamp"), flag.clamp ? t(`clamp.${flag.clamp}`) : NONE],
     [t("decision.cost"), flag.cost_per_hour === null ? t("decision.no_price") : `${money(flag.cost_per_hour, currency)} (${money(flag.cost_change_per_hour, currency, true)})`],
-    ...Object.entries(flag.numbers).map(([name, v]) => [name, count(v)]),
+    ...Object.entries(flag.numbers).map(([name, v]) => [t(`number.${name}`), count(v)]),
   ];
   return html`<article class=${`words ${flag.action}`} aria-live="polite"><header><b>${t(`action.${flag.action}`)}</b> ${flag.model} <time>${clock(flag.t)}</time></header>
     ${said(flag).map((s) => html`<p>${s}</p>`)}
@@ -100,5 +102,6 @@ function Replicas() {
 export function Capacity() {
   beat.value; // redraw with each second
   return html`<section class="card"><${Demand} /><${AtOnce} /><${Lanes} /></section>
-    <section class="card"><${Decisions} /></section><section class="card"><${Replicas} /></section>`;
+    <section class="card"><${Decisions} /></section><section class="card"><${Hand} /></section>
+    <section class="card"><${Shadows} /></section><section class="card"><${Replicas} /></section>`;
 }

@@ -33,5 +33,20 @@ export function money(v, currency, signed = false) {
   }
 }
 
+const UNITS = [["day", 86400], ["hour", 3600], ["minute", 60], ["second", 1]];
+const unit = (n, name) => new Intl.NumberFormat(locale(), { style: "unit", unit: name, unitDisplay: "short" }).format(n);
+
+/** Whole seconds as people say them, in the two largest units: "1 hr 5 min". */
+export function lasting(s) {
+  const largest = UNITS.findIndex(([, size]) => s >= size);
+  const [[name, size], next] = UNITS.slice(largest).concat([undefined]);
+  const rest = next ? Math.floor((s % size) / next[1]) : 0;
+  return unit(Math.floor(s / size), name) + (rest ? ` ${unit(rest, next[0])}` : "");
+}
+
+/** A time, with its day where that is not today. */
+export const moment = (wall) =>
+  new Date(wall * 1e3).toDateString() === new Date().toDateString() ? clock(wall, false) : new Date(wall * 1e3).toLocaleString(locale(), { dateStyle: "medium", timeStyle: "short" });
+
 export const clock = (wall, seconds = true) =>
   new Date(wall * 1e3).toLocaleTimeString(locale(), { hour: "2-digit", minute: "2-digit", second: seconds ? "2-digit" : undefined, hour12: false });

@@ -15,6 +15,7 @@ export const link = signal("connecting"); // connecting | live | paused | lost
 export const chosen = signal(ALL);
 export const range = signal("15m"); // 15m | 24h
 export const picked = signal(null); // number of the flag whose words are shown
+export const shadows = signal(null); // rows: a day of a model under a policy
 
 let fields = {}; // name -> place in a row
 export let recent = { t: [], models: {} };
@@ -114,6 +115,16 @@ async function loadDay() {
   day = told;
   beat.value++;
 }
+
+/** What the policies cost on the days that are kept; the stream does not carry it. */
+export async function loadShadows() {
+  if (document.hidden) return;
+  const response = await fetch("/api/v1/scale/shadows?days=35");
+  if (response.ok) shadows.value = (await response.json()).rows;
+}
+
+/** Control's clock, as last heard: the browser's may be wrong. */
+export const controlNow = () => recent.t.at(-1) ?? Date.now() / 1e3;
 
 /** Begin; the stream rests while the tab is hidden. */
 export async function start() {

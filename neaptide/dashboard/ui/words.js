@@ -23,8 +23,8 @@ export function speak(name) {
 /** A flag's sentences. */
 export const said = (flag) => flag.sentences[language.value];
 
-/** The text of `key`, its {placeholders} filled. */
+/** The text of `key`, its {placeholders} filled; a name that has none yet stands for itself. */
 export function t(key, values = {}) {
-  const text = catalogue[key]?.[language.value] ?? key;
+  const text = catalogue[key]?.[language.value] ?? key.slice(key.indexOf(".") + 1);
   return text.replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
 }
