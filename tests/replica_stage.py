@@ -63,7 +63,8 @@ class Stage:
         self.engine = EchoEngine(spec, VirtualClock(), lambda s: None)
         self.service = Service(spec, self._send, Log("/dev/null"), stall_s=1e9)
         self.server = LinkServer(self.service, Log("/dev/null"))
-        self.service.ready(load_model("echo", ""), self.engine.describe())
+        self.service.warm(load_model("echo", ""), self.engine.describe())
+        self.service.ready()
         self.gateways: list[tuple[LinkConnection, Wire]] = []
         self.prompts: dict[tuple[int, int], str] = {}
 

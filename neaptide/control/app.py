@@ -50,6 +50,7 @@ from neaptide.control.port import (
     UsagePage,
     UsageTotals,
 )
+from neaptide.control.prime import Priming
 from neaptide.control.publish import Gateway, Publisher
 from neaptide.control.scaling import Scaling, check
 from neaptide.errors import ConfigError, NeaptideError
@@ -96,6 +97,7 @@ class Control:
         self.publisher = Publisher(spec.token, self._on_gauges)
         self.local = LocalDriver(self.supervisor, self.state, spec.token, self._replica_spec, self._nudge)
         self.static = StaticDriver({}, {})
+        self.priming = Priming(self.local.http_path, spec.token)
         self.journal = DecisionJournal(self.state.log / "decisions.jsonl")
         self.scaling = Scaling(self)
         self.loop = Loop(
@@ -224,6 +226,7 @@ class Control:
                 self._fails(d, f"error[E305]: {stuck[-1].id} did not get ready in time and was stopped")
             elif dead and (hopeless or carry.failures.get(d.model, 0) >= DEATHS_BEFORE_FAILING):
                 self._fails(d, dead[-1].error)
+        self.priming.launched(plan.launches, {d.model: d.stable.id for d in self._scaled()}, replicas)
         self._publish()
         self._check_ready()
 

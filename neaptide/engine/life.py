@@ -26,6 +26,7 @@ from neaptide.engine import pipe, serve_http
 from neaptide.engine.child import EngineChild, Started, attach
 from neaptide.engine.log import Log
 from neaptide.engine.pool import Pool
+from neaptide.engine.prime import MOST_S, START_SHARE
 from neaptide.engine.prompt import Model, load_model
 from neaptide.engine.serve_link import LinkServer
 from neaptide.engine.service import STARTING, Service, Shared
@@ -110,12 +111,15 @@ class Replica:
         models = await asyncio.get_running_loop().run_in_executor(None, self._load_models)
         await self._started
         self._stages |= stages_of(self._told)
+        for service, model, told in zip(self._service.services, models, self._told, strict=True):
+            service.warm(model, told.description)
+        await self._service.primed(min(MOST_S, START_SHARE * (mono_s() - began_s)))
         self._stages["ready_s"] = mono_s() - began_s
         if self._service.state == STARTING:
             gc.collect()
             gc.freeze()  # what the start has built lives as long as we do: no collection need look at it again
-            for service, model, told in zip(self._service.services, models, self._told, strict=True):
-                service.ready(model, told.description)
+            for service in self._service.services:
+                service.ready()
             self._link.greet()
             self._log.info("ready", stages=self._stages)
 

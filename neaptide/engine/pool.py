@@ -6,6 +6,8 @@ process's. The engine process behind them is one, so they become ready together,
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -97,6 +99,26 @@ class Pool:
     def stop(self) -> None:
         for service in self.services:
             service.stop()
+
+    # ------------------------------------------------------------------------------------------------ prefixes
+
+    def prefixes(self) -> dict[str, list[list[int]]]:
+        """What a new replica of the same models is primed with."""
+        return {model: service.hottest() for model, service in self._by_model.items()}
+
+    def prime(self, prefixes: Mapping[str, Sequence[Sequence[int]]]) -> None:
+        for model, service in self._by_model.items():
+            service.prime(prefixes.get(model, ()))
+
+    async def primed(self, most_s: float) -> None:
+        """Until all that was offered is computed, at most `most_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(most_s):
+                for service in self.services:
+                    await service.primer.done()
+
+    def primed_tokens(self) -> int:
+        return sum(service.primer.tokens for service in self.services)
 
     # ------------------------------------------------------------------------------------------------ what is told
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 from collections.abc import Iterator, Sequence
 from uuid import uuid4
 
@@ -32,6 +33,8 @@ from neaptide.link import CREDIT_BYTES, EndHeader, OpenHeader
 from neaptide.wire import chunks
 
 STUCK_S = 60.0  # an engine that has work and says nothing for this long is no longer alive
+MAX_PREFIX_BYTES = 4 << 20
+_prefixes = msgspec.json.Decoder(dict[str, list[list[int]]]).decode
 POSTS = {"/v1/chat/completions": "chat.completions", "/v1/completions": "completions", "/tokenize": "tokenize"}
 
 
@@ -193,8 +196,24 @@ class Pages:
                 "members": service.descriptions(),
                 "load": service.load(),
                 "steps": service.steps(),
+                "primed_tokens": service.primed_tokens(),
             }
         )
+
+    async def prefixes(self, request: Request) -> Response:
+        """Beginnings of prompts, as token ids: to be had and given with the boot token alone, whoever can connect."""
+        token, sent = self._service.spec.token, request.headers.get("authorization", "")
+        if not token or not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
+            return _error(RequestError(401, "The boot token is missing or wrong.", slug="invalid_api_key"))
+        if request.method == "GET":
+            return _json(self._service.prefixes())
+        if int(request.headers.get("content-length", MAX_PREFIX_BYTES + 1)) > MAX_PREFIX_BYTES:
+            return _error(refusals.body_too_large(MAX_PREFIX_BYTES + 1, MAX_PREFIX_BYTES))
+        try:
+            self._service.prime(_prefixes(await request.body()))
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+            return _error(RequestError(400, f"These are no prefixes: {e}"))
+        return _json({"models": len(self._service.services)})
 
 
 def application(service: Pool, stages: dict[str, float]) -> Starlette:
@@ -211,6 +230,7 @@ def application(service: Pool, stages: dict[str, float]) -> Starlette:
         Route("/version", pages.version),
         Route("/stages", pages.stages),
         Route("/about", pages.about),
+        Route("/prefixes", pages.prefixes, methods=["GET", "POST"]),
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: _http_exception})
 

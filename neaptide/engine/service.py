@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from neaptide.clock import mono_s, wall_s
 from neaptide.engine import pipe, refusals
 from neaptide.engine.answer import Answer, Sink
+from neaptide.engine.hot import Hot
 from neaptide.engine.intake import LONG_BODY_BYTES, ROUTES, Held, Intake, Read
 from neaptide.engine.log import Log
+from neaptide.engine.prime import MOST_TOKENS, Primer
 from neaptide.engine.prompt import Model, Prepared
 from neaptide.engine.protocol import Description, Emission
 from neaptide.engine.report import Meters
@@ -41,6 +43,7 @@ class Shared:
     def __init__(self) -> None:
         self.held, self.tally = Held(), Tally()
         self.flushers: list[Callable[[], None]] = []
+        self.services: list[Service] = []
 
 
 class Service:
@@ -58,9 +61,13 @@ class Service:
         self.spec, self.state = spec, STARTING
         self.meters = Meters()
         self.held, self.tally, self.flushers = shared.held, shared.tally, shared.flushers
+        self._mates = shared.services
+        self._mates.append(self)
         self.description: Description | None = None
         self._emptied = asyncio.Event()
         self._send, self._log, self._stall_s = engine_send, log, stall_s
+        self.primer = Primer()
+        self._hot: Hot | None = None  # only where prompts' beginnings are shared by all
         self._intake: Intake | None = None
         self._admission: Admission | None = None
         self._work = Work()
@@ -75,12 +82,31 @@ class Service:
 
     # ------------------------------------------------------------------------------------------------ life
 
-    def ready(self, model: Model, description: Description) -> None:
-        """The engine is warm: take requests."""
+    def warm(self, model: Model, description: Description) -> None:
+        """The engine is warm: it may be primed."""
         self.description = description
         self._intake = Intake(model, description, self.spec.max_tokens_default)
         self._admission = Admission(description)
+        if self._shares() and description.prefix_cache:
+            self._hot = Hot(description.kv_block_tokens)
+            now = mono_s()
+            self.primer.warm(description, now)
+            self._prime(now)
+
+    def ready(self) -> None:
+        """Take requests; call once it is warm."""
         self.state = READY
+
+    def hottest(self) -> list[list[int]]:
+        """The beginnings of prompts that recur, as token ids; none where tenants share no cache."""
+        return self._hot.hottest(MOST_TOKENS) if self._hot is not None else []
+
+    def prime(self, prefixes: Sequence[Sequence[int]]) -> None:
+        """Compute these, of a sibling, when there is nothing else to do."""
+        if self._shares():
+            now = mono_s()
+            self.primer.offer(prefixes, now)
+            self._prime(now)
 
     def drain(self) -> None:
         """Take nothing new; hand back what has not started; what runs goes on."""
@@ -274,9 +300,24 @@ class Service:
             if not self._engine:
                 self._heard_s = now
             self._engine[job.id] = job
+            if self._hot is not None:
+                self._hot.saw(prepared.prompt_ids, now)
         if self._commands:
             self._send(self._commands)
             self._commands = []
+        if not self._engine:
+            self._prime(now)
+
+    def _prime(self, now: float) -> None:
+        """Let the engines compute ahead, while no request is in any of this process."""
+        if self.state not in (STARTING, READY) or any(mate._engine for mate in self._mates):
+            return
+        for mate in self._mates:
+            if (add := mate.primer.next(mate._ids, now)) is not None:
+                mate._send([add])
+
+    def _shares(self) -> bool:
+        return self.spec.prefix_cache == "shared"
 
     # ------------------------------------------------------------------------------------------------ steps
 
@@ -284,14 +325,17 @@ class Service:
         """One engine step: account, decode, build; the frames leave with the next flush."""
         now = self._heard_s = mono_s()
         assert self._admission is not None  # noqa: S101 (an engine steps after Ready)
-        self._work.step(message.step_s, message.batch)
-        self.meters.step(message.step_s, message.batch)
+        if self._engine:  # else it only computed ahead
+            self._work.step(message.step_s, message.batch)
+            self.meters.step(message.step_s, message.batch)
         self._kv_usage = message.capacity.kv_usage
         if self._fresh:
             self._account_fresh(now - message.step_s - CROSSING_S, {emission.id for emission in message.emissions})
         for emission in message.emissions:
             job = self._engine.get(emission.id)
             if job is None:
+                if emission.finish and self.primer.is_running(emission.id):
+                    self.primer.ended(emission.finish)
                 continue
             job.settle(self._work)
             if emission.cached_tokens:

@@ -12,11 +12,20 @@ MOST = 1 << 20
 
 async def get(socket_path: Path, target: str, timeout_s: float = 2.0) -> tuple[int, bytes]:
     """(HTTP status, body); (0, b"") when nobody answers in time."""
+    return await ask(socket_path, "GET", target, timeout_s=timeout_s)
+
+
+async def ask(
+    socket_path: Path, method: str, target: str, *, token: str = "", body: bytes = b"", timeout_s: float = 2.0
+) -> tuple[int, bytes]:
+    """As `get`, with a method, a body and the boot token, where they are wanted."""
+    head = f"{method} {target} HTTP/1.1\r\nHost: replica\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+    head += f"Authorization: Bearer {token}\r\n" if token else ""
     try:
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_unix_connection(short_path(socket_path))
             try:
-                writer.write(f"GET {target} HTTP/1.1\r\nHost: replica\r\nConnection: close\r\n\r\n".encode())
+                writer.write(f"{head}\r\n".encode() + body)
                 answer = await reader.read(MOST)
                 while chunk := await reader.read(MOST - len(answer)):
                     answer += chunk
@@ -24,6 +33,6 @@ async def get(socket_path: Path, target: str, timeout_s: float = 2.0) -> tuple[i
                 writer.close()
     except (OSError, TimeoutError):
         return 0, b""
-    head, _, body = answer.partition(b"\r\n\r\n")
-    status = head[9:12]
-    return (int(status), body) if status.isdigit() else (0, b"")
+    said, _, content = answer.partition(b"\r\n\r\n")
+    status = said[9:12]
+    return (int(status), content) if status.isdigit() else (0, b"")
