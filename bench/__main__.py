@@ -8,12 +8,16 @@ import sys
 
 from bench.kit import ROOT
 
+LOOK_AT_TRUTH = ["--minutes", "0.1", "--loads", "0.3", "--runs", "1"]
+LOOK_AT_TRUTH += ["--levels", "1,4", "--calibrate-s", "4", "--context", "128"]
 # name: (module, arguments of a full run, arguments of a look)
 BENCHMARKS = {
     "startup": ("bench.startup", [], ["--up", "1", "--help-runs", "3"]),
     "gateway": ("bench.gateway.run", [], ["--repeat", "1", "--duration", "1", "--warmup", "0.5", "--streams", "100"]),
     "link": ("bench.gateway.link", [], ["--repeat", "1", "--duration", "1", "--warmup", "0.5", "--streams", "100"]),
     "serve": ("bench.serve", [], ["--repeat", "1", "--duration", "2", "--warmup", "1", "--streams", "4"]),
+    "scale-out": ("bench.scale_out", [], ["--replicas", "10", "--from-zero", "1"]),
+    "truth": ("bench.truth", [], LOOK_AT_TRUTH),
     "simulate": ("bench.simulate", [], ["--requests", "3000", "--exact", "500", "--repeat", "1"]),
     "soak": ("bench.soak", [], ["--requests", "1000", "--round", "100"]),
 }

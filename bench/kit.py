@@ -261,7 +261,9 @@ class Up:
 
 @contextmanager
 def up(config: str, *, port: int = 0) -> Iterator[Up]:
-    """`neaptide up -d` with this neaptide.yaml, on a free port and in a state directory of its own; down at the end."""
+    """`neaptide up -d` with this neaptide.yaml, on a free port and in a state directory of its own; down at the end,
+    also when we are told to end."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="neaptide-bench-") as scratch:
         file, state = Path(scratch, "neaptide.yaml"), Path(scratch, "state")
         file.write_text(config)

@@ -168,7 +168,7 @@ def test_the_mock_replica_closes_on_a_wrong_boot_token(gateway: Gateway) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["startup", "gateway", "link", "soak"])
+@pytest.mark.parametrize("name", ["startup", "gateway", "link", "soak", "scale-out", "truth"])
 def test_a_benchmark_runs_from_end_to_end(name: str) -> None:
     # What it measures in a second means nothing; that it starts, drives, stops and writes its file does.
     command = [sys.executable, "-m", "bench", "--quick", name]

@@ -143,3 +143,11 @@ def test_either_kind_is_read_from_yaml_by_its_tag() -> None:
     assert read.step == Linear(base_s=0.02)
     read = msgspec.yaml.decode(b"step: {type: grid, batches: [1], contexts: [100], seconds: [[0.01]]}", type=Traits)
     assert read.step.step_s(3, 900) == 0.01
+
+
+def test_steps_that_seem_to_have_no_constant_part_keep_a_little_of_one() -> None:
+    batch = np.arange(1.0, 9.0)
+    none = np.zeros(8)
+    found = fit(batch, none, none, 0.01 * batch - 0.001)
+    assert 0 < found.step.base_s < 0.001
+    assert found.step.request_s == pytest.approx(0.01, rel=0.1)

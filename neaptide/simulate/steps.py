@@ -124,6 +124,9 @@ def piece_at(pieces: Sequence[Piece], context: float) -> Piece:
     return next(piece for piece in pieces if context < piece.until or piece.until == math.inf)
 
 
+LEAST_CONSTANT = 0.01  # of the shortest step: no step takes no time, whatever few noisy ones say
+
+
 class Fit(NamedTuple):
     step: Linear
     median_error: float  # relative
@@ -149,8 +152,7 @@ def fit(
     if len(took) < 2 or not np.isfinite(known).all() or not (np.isfinite(took) & (took > 0)).all():
         raise ConfigError("no step times to learn from", why="it takes two steps, each over 0 s", code="E121")
     found = coefficients(known, took, took if scale is None else scale)
-    if found[0] <= 0:
-        raise ConfigError("these step times have no constant part over 0 s", code="E121", fix="log more kinds of steps")
+    found[0] = max(found[0], LEAST_CONSTANT * float(took.min()))
     error = np.abs(known @ found / took - 1)
     base, request, token, prefill_token, pair = (float(value) for value in found)
     step = Linear(
