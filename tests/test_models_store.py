@@ -23,8 +23,10 @@ from neaptide.models.hold import hold, release
 from neaptide.models.sources import GUIDE, resolve
 from neaptide.models.store import DirectoryStore, HttpStore, Manifest, Ref, Store, push
 from tests.cli_run import cli
+from tests.conftest import Service
 from tests.replica_process import ReplicaProcess
 from tests.test_models_sources import model_directory, quiet
+from tests.traffic import chat
 
 BIN = "openvino_model.bin"
 GIB = 1 << 30
@@ -290,6 +292,22 @@ def test_what_another_process_uses_is_never_evicted(tmp_path: Path, store: Watch
     assert not path.exists()
 
 
+def test_room_that_a_download_under_way_will_need_is_not_given_away(tmp_path: Path, store: Watched) -> None:
+    other = model_directory(tmp_path / "three")
+    (other / BIN).write_bytes(b"3" * 3_000_000)
+    push(other, "three", DirectoryStore(tmp_path / "store"), untold)
+    cache, refused = Cache(tmp_path / "cache", 4_000_000), []
+
+    def meanwhile(done: int, total: int) -> None:
+        if not refused:
+            refused.append(fails("E234", lambda: pull(Cache(cache.root, 4_000_000), store, "three")))
+
+    path = cache.pull(store, Ref("one"), quiet, meanwhile)
+    assert content(path) == content(tmp_path / "one")
+    assert len(refused) == 1
+    assert pull(cache, store, "three").exists()
+
+
 def test_a_model_larger_than_its_disk_is_refused_before_a_byte_is_fetched(
     tmp_path: Path, store: Watched, cache: Cache
 ) -> None:
@@ -404,3 +422,19 @@ def test_an_engine_maps_the_blob_itself_and_keeps_it_from_being_pruned(tmp_path:
         assert cache.prune(0) == 0
     finally:
         replica.stop()
+
+
+def test_a_service_serves_a_model_of_a_store_which_stays_in_its_cache(
+    tmp_path: Path, serve: Callable[..., Service]
+) -> None:
+    push(GUIDE, "guide", DirectoryStore(tmp_path / "store"), untold)
+    options = "{kv_mib: 8, threads: 1, chunk_tokens: 64}"
+    service = serve(f"""
+store: {{root: ./store, cache: ./cache}}
+models:
+  echo: {{source: "store:guide", options: {options}}}
+""")
+    assert chat(service, "What is a tide?", max_tokens=2).join(60).status == 200
+    stored = json.loads(service.run("models", "stored", "--json").stdout)
+    assert [(r["name"], r["latest"], r["here"], r["in_use"]) for r in stored["rows"]] == [("guide", True, True, True)]
+    assert json.loads(service.run("models", "prune", "--json").stdout)["freed_bytes"] == 0

@@ -236,9 +236,11 @@ def test_a_new_guide_replica_finds_the_hot_prefix_in_its_first_request(replicas:
     assert str(hot[:4])[1:-1] not in new.log() + old.log()
 
 
-@pytest.mark.parametrize("sharing", ["tenant", "off"])
-def test_where_tenants_share_no_cache_nothing_is_counted_told_or_taken(replicas: Any, sharing: str) -> None:
-    replica = ready(replicas("guide-0", prefix_cache=sharing))
+@pytest.mark.parametrize(("engine", "sharing"), [("openvino", "tenant"), ("echo", "off")])
+def test_where_tenants_share_no_cache_nothing_is_counted_told_or_taken(
+    replicas: Any, engine: str, sharing: str
+) -> None:
+    replica = ready(replicas("guide-0", engine=engine, prefix_cache=sharing))
     for question in ("What is a tide?", "And a compass?"):
         assert cached(replica, question) == 0
     assert call(replica.spec.http_path, "GET", "/prefixes") == (200, {"guide": []})

@@ -54,18 +54,9 @@ class Cache:
             if verify:
                 for file in manifest.files:
                     self._blobs.verify(file)
-            with self._alone():
-                # Its manifest and a hold come before its files: so nobody takes them for left over.
-                self._kept.put(found.name, raw)
-                if not ref.digest:
-                    self._kept.set_latest(found)
-                path.mkdir(parents=True, exist_ok=True)
-                held = hold(path)
+            held = self._reserve(found, raw, is_latest=not ref.digest)
             try:
-                missing = [file for file in manifest.files if not self._blobs.has(file)]
-                with self._alone():
-                    self._make_room(sum(map(self._blobs.lacks_bytes, missing)), found)
-                self._fetch(store, missing, tell)
+                self._fetch(store, [file for file in manifest.files if not self._blobs.has(file)], tell)
                 self._link(path, manifest)
             finally:
                 release(held)
@@ -107,6 +98,22 @@ class Cache:
                 ref = last
         kept = self._manifest_here(ref)
         return ref, store.manifest(ref) if kept is None else kept
+
+    def _reserve(self, ref: Ref, raw: bytes, *, is_latest: bool) -> int | None:
+        """Room for it and a hold on it, to be released. Its manifest and the hold come before its files, so that nobody
+        takes them for left over."""
+        with self._alone():
+            self._kept.put(ref.name, raw)
+            if is_latest:
+                self._kept.set_latest(ref)
+            self.path(ref).mkdir(parents=True, exist_ok=True)
+            held = hold(self.path(ref))
+            try:
+                self._make_room(ref)
+            except BaseException:
+                release(held)
+                raise
+            return held
 
     def _last(self, name: str) -> Ref | None:
         with contextlib.suppress(ModelError):
@@ -165,14 +172,17 @@ class Cache:
                 shutil.copy2(blob, fresh)
             fresh.replace(place)
 
-    def _make_room(self, need: int, ref: Ref) -> None:
+    def _make_room(self, ref: Ref) -> None:
+        """For all that the manifests here name: downloads under way are reckoned with, since theirs came first."""
         self._sweep()
         for entry in self.entries():
-            if self._fits(need):
+            if self._fits():
                 return
             if (entry.name, entry.digest) != ref:
                 self._evict(entry)
-        if need and not self._fits(need):
+        need = sum(map(self._blobs.lacks_bytes, self._models()[ref].files))
+        if need and not self._fits():
+            self._kept.manifest_path(ref).unlink()
             raise ModelError(
                 f"{ref.name} needs {need >> 20} MiB more in the node's cache {self.root}",
                 why=f"{self.used_bytes() >> 20} of {self.most_bytes >> 20} MiB are taken by what is in use, "
@@ -181,8 +191,10 @@ class Cache:
                 code="E234",
             )
 
-    def _fits(self, need: int) -> bool:
-        return self.used_bytes() + need <= self.most_bytes and need <= shutil.disk_usage(self.root).free
+    def _fits(self) -> bool:
+        files = {file.sha256: file for m in self._models().values() for file in m.files}.values()
+        lacking = sum(map(self._blobs.lacks_bytes, files))
+        return sum(f.size for f in files) <= self.most_bytes and lacking <= shutil.disk_usage(self.root).free
 
     def _evict(self, entry: Entry) -> None:
         """Nothing happens where somebody uses it."""
