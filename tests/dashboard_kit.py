@@ -73,6 +73,7 @@ class Site:
     def __init__(self, control: FakeControl, source: FakeSource, clock: VirtualClock, board: Dashboard) -> None:
         self.control, self.source, self.clock, self.board = control, source, clock, board
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.second = 0  # of the last look, where a test counts them
         self.port = int(source.admin_url.rsplit(":", 1)[1].strip("/"))
         self.cookie_name = f"neaptide_{self.port}"
 

@@ -11,8 +11,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from neaptide.clock import wall_s
+from neaptide.control.port import NewOverride
+from neaptide.types import Choice, Override, Plan
 from tests.browser import CHROMIUM, Watch, chromium
 from tests.conftest import Service, serving
+from tests.dashboard_kit import BEARER, Site, look, site
+from tests.traffic import wait_for
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -58,6 +63,28 @@ def page(browser: Browser) -> Iterator[Page]:
 
 def link(service: Service) -> str:
     return str(json.loads(service.run("dashboard", "--json").stdout)["url"])
+
+
+@pytest.fixture
+def kit(tmp_path: Path) -> Iterator[Site]:
+    """The page over a control of plain memory, whose model has room to scale and whose clock is right."""
+    with site(tmp_path) as here:
+        here.second = int(wall_s()) - 1_760_000_000
+        yield here
+
+
+def beat(kit: Site, override: Override | None = None) -> None:
+    kit.second += 1
+    kit.beat(look(kit.second, model="guide", override=override))
+
+
+def opened(page: Page, kit: Site, by: str = "ann") -> Watch:
+    """The capacity picture, by a link that `by` asked for."""
+    told = json.loads(kit.ask("POST", "/ui/ticket", BEARER, json.dumps({"by": by}).encode())[2])
+    watch = Watch(page)
+    page.goto(f"{told['url']}#capacity")
+    page.wait_for_selector(".hand form")
+    return watch
 
 
 def signed_in(page: Page, service: Service, path: str = "") -> Watch:
@@ -115,6 +142,67 @@ def test_a_decision_is_reached_by_keyboard(page: Page, service: Service) -> None
     line.focus()
     page.keyboard.press("Enter")
     assert (line.locator("span").text_content() or "-") in (page.locator(".words").text_content() or "")
+
+
+def test_the_charts_move_on_with_each_second(page: Page, kit: Site) -> None:
+    choice = Choice(model="guide", action="hold", before=1, after=1, sentence="guide: 1 stays")
+    kit.beat(look(kit.second, model="guide", plan=Plan(choices=(choice,))))
+    beat(kit)
+    opened(page, kit)
+    place = page.locator(".flag").first
+    before = place.evaluate("flag => flag.style.left")
+    for _ in range(5):
+        beat(kit)
+    wait_for(lambda: place.evaluate("flag => flag.style.left") != before, "the flag has moved with its time")
+
+
+def test_a_count_is_set_and_cleared_by_hand_with_the_keyboard(page: Page, kit: Site) -> None:
+    beat(kit)
+    watch = opened(page, kit)
+    assert "slo decides" in (page.text_content(".hand") or "")
+    page.get_by_label("Replicas (1 to 2)").focus()
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.type("2")
+    page.locator(".hand select").select_option("7200")
+    page.get_by_label("Replicas (1 to 2)").press("Enter")
+    wait_for(lambda: kit.control.override, "control was told")
+    assert kit.control.asked[-1] == NewOverride(model="guide", replicas=2, for_s=7200, by="ann")
+    until_s = 1_760_000_000.0 + kit.second + 7201
+    beat(kit, Override(count=2, until_wall_s=until_s, by="ann"))
+    page.wait_for_selector(".hand:has-text('2 replicas until')")
+    said = page.text_content(".hand header") or ""
+    assert said.endswith("2 hr left, set by ann")
+    beat(kit, Override(count=2, until_wall_s=until_s, by="ann"))
+    page.wait_for_selector(".hand:has-text('1 hr 59 min left')")  # counted down by control's clock
+    page.get_by_role("button", name="Let the policy decide").press("Enter")
+    wait_for(lambda: kit.control.override is None, "control was told")
+    assert kit.control.asked[-1] == ("clear", "guide")
+    beat(kit)
+    page.wait_for_selector(".hand:has-text('slo decides')")
+    assert watch.complaints == []
+
+
+def test_a_count_that_control_refuses_says_why(page: Page, kit: Site) -> None:
+    kit.beat(look(1, model="somebody-elses"))
+    opened(page, kit)
+    page.get_by_role("button", name="Set", exact=True).click()
+    page.wait_for_selector("[role=alert]:has-text(\"no model 'somebody-elses' is served\")")
+
+
+def test_what_other_policies_would_have_cost_is_a_table_with_sentences_in_both_languages(page: Page, kit: Site) -> None:
+    beat(kit)
+    page.set_viewport_size({"width": 380, "height": 800})
+    watch = opened(page, kit)
+    page.wait_for_selector("text=hpa would have cost ¥41.00 more on May 1, 2026 and missed 3.0 %")
+    rows = page.locator(".shadows tbody tr").all_text_contents()
+    assert len(rows) == 2
+    assert "slo ran and cost ¥32.00" in rows[0]
+    assert "+¥41.00" in rows[1]
+    assert "97.0 %" in rows[1]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+    page.get_by_role("button", name="中文").click()
+    page.wait_for_selector("text=2026年5月1日若用 hpa，会多花 ¥41.00，3.0 % 的请求超时")
+    assert watch.complaints == []
 
 
 def test_the_playground_answers_with_a_waterfall(page: Page, service: Service) -> None:

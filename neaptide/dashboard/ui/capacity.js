@@ -5,7 +5,7 @@ import { Chart } from "./chart.js";
 import { Hand } from "./hand.js";
 import { Shadows } from "./shadows.js";
 import { NONE, clock, count, money } from "./numbers.js";
-import { ALL, beat, chosen, column, flags, picked, replicas, state, times } from "./store.js";
+import { ALL, chosen, column, flags, picked, replicas, state, times } from "./store.js";
 import { said, t } from "./words.js";
 
 const SHOWN = 200;
@@ -100,7 +100,6 @@ function Replicas() {
 }
 
 export function Capacity() {
-  beat.value; // redraw with each second
   return html`<section class="card"><${Demand} /><${AtOnce} /><${Lanes} /></section>
     <section class="card"><${Decisions} /></section><section class="card"><${Hand} /></section>
     <section class="card"><${Shadows} /></section><section class="card"><${Replicas} /></section>`;

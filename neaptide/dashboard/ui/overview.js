@@ -2,7 +2,7 @@
 import { html } from "./html.js";
 import { Chart } from "./chart.js";
 import { NONE, count, money, share, span } from "./numbers.js";
-import { ALL, about, beat, busy, chosen, column, field, minute, now, state, times } from "./store.js";
+import { ALL, about, busy, chosen, column, field, minute, now, state, times } from "./store.js";
 import { t } from "./words.js";
 
 function Tile({ name, value, note, bad }) {
@@ -93,7 +93,6 @@ function Models() {
 }
 
 export function Overview() {
-  beat.value; // redraw with each second
   const quiet = field(now.value[ALL], "arrivals_per_s") === null ? t("empty.untold") : busy() ? null : t("empty.quiet");
   return html`<${Tiles} />${quiet && html`<p class="hint">${quiet}</p>`}
     <section class="card"><${Traffic} /><${Latency} /><${Cost} /></section>

@@ -58,7 +58,8 @@ export function Shadows() {
   if (!days.length) return html`<div><h2>${t("shadow.title")}</h2><p class="hint">${t("shadow.none")}</p></div>`;
   const shown = days.includes(day.value) || day.value === EVERY_DAY ? day.value : days[0];
   const rows = shown === EVERY_DAY ? mine : mine.filter((r) => r.day === shown);
-  const when = shown === EVERY_DAY ? t("shadow.days", { n: days.length }) : named(shown);
+  const on = (d) => (d === today() ? named(d) : t("shadow.on", { day: named(d) }));
+  const when = shown === EVERY_DAY ? t("shadow.over", { n: days.length }) : on(shown);
   return html`<div class="decisions"><header><h2>${t("shadow.title")}</h2>
       <label>${t("shadow.day")} <select value=${shown} onChange=${(e) => (day.value = e.target.value)}>
         ${days.map((d) => html`<option key=${d} value=${d}>${named(d)}</option>`)}

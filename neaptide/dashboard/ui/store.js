@@ -32,7 +32,8 @@ export function column(model, name) {
   return rows.models[model]?.[fields[name]] ?? rows.t.map(() => null);
 }
 
-export const times = () => (range.value === "24h" ? day : recent).t;
+/** Of the rows shown. Rows are no signals: what reads their times is drawn again when they grow. */
+export const times = () => (beat.value, (range.value === "24h" ? day : recent).t);
 export const about = (model) => state.value?.models.find((m) => m.model === model);
 export const busy = () => recent.models[ALL]?.[fields.arrivals_per_s]?.some((v) => v > 0) ?? false;
 
@@ -123,8 +124,8 @@ export async function loadShadows() {
   if (response.ok) shadows.value = (await response.json()).rows;
 }
 
-/** Control's clock, as last heard: the browser's may be wrong. */
-export const controlNow = () => recent.t.at(-1) ?? Date.now() / 1e3;
+/** Control's clock, as last heard: the browser's may be wrong. What reads it is drawn again with each second. */
+export const controlNow = () => (beat.value, recent.t.at(-1) ?? Date.now() / 1e3);
 
 /** Begin; the stream rests while the tab is hidden. */
 export async function start() {
