@@ -51,13 +51,14 @@ def show(session: Session, model: str | None, shadows: bool, days: int) -> None:
 
 
 def _row(r: ScaleRow, currency: str) -> list[str]:
+    name = f"{r.model} ({', '.join(r.members)})" if r.members else r.model
     if not r.scalable:
-        return [r.model, str(r.ready), "-", "-", "-", say("status.remote"), *_traffic(r), "-", "-"]
+        return [name, str(r.ready), "-", "-", "-", say("status.remote"), *_traffic(r), "-", "-"]
     policy = say("scale.by_hand") if r.override else r.policy
     cost = f"{price(r.cost_per_hour, currency)}/h" if r.cost_per_hour is not None else "-"
     ready = f"{r.ready} ({say('scale.standby', n=r.standby)})" if r.standby else str(r.ready)
     serves = f"{r.capacity_rps:.1f}/s" if r.traits.learnt == "measured" else f"~{r.capacity_rps:.1f}/s"
-    return [r.model, ready, str(r.starting), str(r.wanted), f"{r.min}-{r.max}", policy, *_traffic(r), serves,
+    return [name, ready, str(r.starting), str(r.wanted), f"{r.min}-{r.max}", policy, *_traffic(r), serves,
             cost]  # fmt: skip
 
 
