@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
+import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
 from tests.conftest import Service
+from tests.dashboard_kit import events
 from tests.traffic import admin, chat, rows_when, stream, wait_for
 
 SLOW = "{engine: echo, options: {max_running: 2, echo_tpot_ms: 20}}"
@@ -49,6 +52,24 @@ def told(service: Service, *args: str) -> list[dict[str, Any]]:
     return rows
 
 
+def page(service: Service) -> dict[str, Any]:
+    """What the live page is told first."""
+    here = http.client.HTTPConnection(urllib.parse.urlsplit(service.admin).netloc, timeout=20)
+
+    def ask(method: str, path: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+        here.request(method, path, headers=headers)
+        return here.getresponse()
+
+    token = (service.state / "admin-token").read_text().strip()
+    ticket = json.loads(ask("POST", "/ui/ticket", {"Authorization": f"Bearer {token}"}).read())["url"]
+    signed_in = ask("GET", ticket.removeprefix(service.admin.rstrip("/")), {})
+    signed_in.read()
+    cookie = signed_in.headers["set-cookie"].partition(";")[0]
+    _, told = next(events(ask("GET", "/ui/live", {"Cookie": cookie, "Sec-Fetch-Site": "same-origin"})))
+    here.close()
+    return dict(told)
+
+
 def test_models_of_a_pool_answer_from_one_process_and_are_told_apart_everywhere(serve: Serve) -> None:
     service = serve(TAIL)
     assert set(replicas(service)) == {"alone-0", "tail-0"}
@@ -70,6 +91,14 @@ def test_models_of_a_pool_answer_from_one_process_and_are_told_apart_everywhere(
     assert (row["model"], row["members"], row["cost_per_hour"]) == ("tail", ["one", "two"], 3.2)
     drawn = service.run("status").stdout
     assert "two (zwei) @ tail" in drawn
+    shown = {m["model"]: m for m in page(service)["state"]["models"]}
+    assert {name: m["members"] for name, m in shown.items()} == {
+        "alone": [],
+        "one": [],
+        "two": [],
+        "tail": ["one", "two"],
+    }
+    assert (shown["tail"]["max"], shown["tail"]["price_per_hour"], shown["one"]["price_per_hour"]) == (2, 3.2, 0.0)
 
 
 def test_a_pool_at_zero_starts_once_for_whichever_model_is_asked_for_and_its_reason_names_both(serve: Serve) -> None:

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from neaptide.control.app import Control
 
 STALE_S = 5.0  # a gateway that was silent for so long tells nothing
-NO_FLEET = Fleet(wanted=0.0, slots=0.0, capacity_per_s=0.0)  # of a model whose pool has the replicas
+NO_FLEET = Fleet(slots=0.0)  # of a model whose pool has the replicas
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True):
     """One model as it is configured, for the page."""
 
-    model: str
+    model: str  # or a pool ...
+    members: tuple[str, ...] = ()  # ... of these models
     engine: str = ""
     remote: bool = False
     slo: Slo = Slo()
@@ -140,10 +141,13 @@ class ControlSource:
     def _about(self, d: Deployment, pooled: bool) -> About:
         model, engine, failing = d.model, d.stable.engine, self._control.failing
         if pooled:
-            return About(model=model, engine=engine, slo=d.slo, failing=failing.get(model, ""))
+            shared = self._traits(self._control.unit_of(model).model)
+            learnt = shared.learnt if shared else ""
+            return About(model=model, engine=engine, slo=d.slo, learnt=learnt, failing=failing.get(model, ""))
         scale, traits = d.scale, self._traits(model)
         return About(
             model=model,
+            members=d.members,
             engine=engine,
             remote=not engine,
             slo=d.slo,

@@ -16,7 +16,8 @@ const heat = signal("");
 const model = signal("");
 let stopper = null;
 
-const current = () => model.value || chosen.value || state.value.models[0]?.model || "";
+const asked = () => state.value.models.filter((m) => !m.members?.length).map((m) => m.model); // a pool answers nobody
+const current = () => [model.value, chosen.value].find((name) => asked().includes(name)) ?? asked()[0] ?? "";
 const running = () => turns.value.at(-1)?.busy ?? false;
 
 function request(question) {
@@ -128,7 +129,7 @@ const typed = (e) => {
 export function Playground() {
   const end = useRef(null);
   useEffect(() => end.current?.scrollIntoView({ block: "nearest" }), [turns.value]);
-  const names = state.value.models.map((m) => m.model);
+  const names = asked();
   if (!names.length) return html`<p class="hint">${t("play.none")}</p>`;
   return html`<section class="card play">
     <header><label>${t("play.model")} <select value=${current()} onChange=${(e) => (model.value = e.target.value)}>
