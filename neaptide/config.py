@@ -18,6 +18,7 @@ import msgspec
 import yaml
 
 from neaptide.errors import ConfigError
+from neaptide.specs import EngineOptions
 from neaptide.table import Cors, Limits, Timeouts
 from neaptide.types import Event, Rule, Scale, Slo, Spares, Standby
 
@@ -42,22 +43,6 @@ class RemoteReplica(Part, frozen=True, kw_only=True):
     model: str = ""  # its id there; default: the deployment's name
     key: str = ""  # env:NAME, file:PATH; resolved on load
     max_running: int | None = None  # absent = unlimited
-
-
-class EngineOptions(Part, frozen=True, kw_only=True):
-    """Settings of own replicas; an engine ignores none of them silently: it refuses what it does not know."""
-
-    threads: int | None = None  # engine threads; None = the machine's cores
-    kv_mib: int | None = None  # KV memory; None = a share of free memory
-    max_running: int | None = None  # requests decoded together; None = 64
-    chunk_tokens: int | None = None  # prefill chunk; None = calibrated against slo.tpot_s
-    precision: str | None = None  # inference precision hint: f32 | bf16; None = the engine's choice
-    context_tokens: int | None = None  # a smaller context than the model's
-    cpus: tuple[int, ...] = ()  # pin the engine process
-    io_cpus: tuple[int, ...] = ()  # pin the replica's I/O process
-    step_log: bool = False  # write what each step computed and took, for the simulator to learn
-    echo_ttft_ms: float = 0.0  # echo only
-    echo_tpot_ms: float = 0.0  # echo only
 
 
 class ModelSettings(Part, frozen=True, kw_only=True):
@@ -273,7 +258,7 @@ def _unknown_key(name: str, where: str, origin: str) -> ConfigError:
 
 
 def _parts() -> list[type[msgspec.Struct]]:
-    return [*Part.__subclasses__(), Limits, Cors, Timeouts, Scale, Standby, Spares, Slo, Rule, Event]
+    return [*Part.__subclasses__(), EngineOptions, Limits, Cors, Timeouts, Scale, Standby, Spares, Slo, Rule, Event]
 
 
 def _checked(s: Settings, origin: str, base: Path) -> Settings:

@@ -17,6 +17,23 @@ class MemberSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens_default: int = 1024
 
 
+class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of own replicas; an engine ignores none of them silently: it refuses what it does not know. They are
+    read here and not in config, which an engine process would import for them alone, YAML and all."""
+
+    threads: int | None = None  # engine threads; None = the machine's cores
+    kv_mib: int | None = None  # KV memory; None = a share of free memory
+    max_running: int | None = None  # requests decoded together; None = 64
+    chunk_tokens: int | None = None  # prefill chunk; None = calibrated against slo.tpot_s
+    precision: str | None = None  # inference precision hint: f32 | bf16; None = the engine's choice
+    context_tokens: int | None = None  # a smaller context than the model's
+    cpus: tuple[int, ...] = ()  # pin the engine process
+    io_cpus: tuple[int, ...] = ()  # pin the replica's I/O process
+    step_log: bool = False  # write what each step computed and took, for the simulator to learn
+    echo_ttft_ms: float = 0.0  # echo only
+    echo_tpot_ms: float = 0.0  # echo only
+
+
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     id: str  # "guide-0"; its sockets and log carry this name
     epoch: int

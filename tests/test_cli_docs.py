@@ -13,6 +13,7 @@ import pytest
 
 from neaptide import config
 from neaptide.cli import build
+from neaptide.specs import EngineOptions
 from neaptide.table import Cors, Limits, Timeouts
 from neaptide.types import Event, Rule, Scale, Slo
 
@@ -23,7 +24,7 @@ PLACES: dict[str, type[msgspec.Struct]] = {
     "": config.Settings,
     "admin.": config.AdminSettings,
     "models.NAME.": config.ModelSettings,
-    "models.NAME.options.": config.EngineOptions,
+    "models.NAME.options.": EngineOptions,
     "models.NAME.scale.": Scale,
     "models.NAME.scale.rules[].": Rule,
     "models.NAME.scale.calendar[].": Event,

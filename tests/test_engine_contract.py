@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,16 @@ import pytest
 
 from neaptide.clock import VirtualClock
 from neaptide.engine.echo import EchoEngine
+from neaptide.engine.log import Log
 from neaptide.engine.protocol import Engine, Sampling
+from neaptide.engine.steplog import Logged
 from neaptide.specs import ReplicaSpec
 
 GUIDE = Path(__file__).parent.parent / "neaptide" / "models" / "guide"
 CONTEXT = 512
 OPTIONS = {"kv_mib": 4, "max_running": 4, "context_tokens": CONTEXT}
+SCRATCH = tempfile.TemporaryDirectory(prefix="neaptide-contract-")
+serial = itertools.count(1)
 TEXT = b"The tide is the rise and fall of the sea; a neap tide has the smallest range of all. "
 
 
@@ -38,7 +43,11 @@ def openvino(**fields: object) -> Engine:
     return module.OpenVinoEngine(spec("openvino", OPTIONS | {"threads": 1, "chunk_tokens": 256}, **fields), {})
 
 
-BUILDERS: dict[str, Callable[..., Engine]] = {"echo": echo, "openvino": openvino}
+def logged(**fields: object) -> Engine:
+    return Logged(echo(**fields), Log(f"{SCRATCH.name}/{next(serial)}.steps.jsonl"), VirtualClock())
+
+
+BUILDERS: dict[str, Callable[..., Engine]] = {"echo": echo, "logged echo": logged, "openvino": openvino}
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
@@ -55,9 +64,6 @@ class Answer:
     cached: int = 0
     logprobs: list[float] | None = None
     error: str = ""
-
-
-serial = itertools.count(1)
 
 
 def add(

@@ -27,6 +27,7 @@ LAYERS = (
 # Neighbours on one layer that may look at each other, one way only, and why.
 NEIGHBOURS = {
     ("config", "table"): "the limits and timeouts an operator writes are the ones gateways are told",
+    ("config", "specs"): "the options an operator writes are the ones a replica is told",
     ("journal", "clock"): "a record's time comes from where all time comes from",
     ("engine", "models"): "what a model directory holds is read and checked in one place",
 }

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from neaptide.clock import VirtualClock
+from neaptide.clock import RealClock, VirtualClock
 from neaptide.engine.echo import EchoEngine
 from neaptide.engine.log import Log
 from neaptide.engine.protocol import Capacity, Description, Emission, Sampling
@@ -212,3 +212,34 @@ def test_an_engine_is_watched_where_its_options_ask_for_it(tmp_path: Path) -> No
     assert [step["prefill"] for step in steps] == [4, 0, 0]
     with pytest.raises(ConfigError):
         watched(engine, spec(tmp_path, step_log="perhaps"))
+
+
+# ------------------------------------------------------------------------------------------------ a real engine
+
+
+def test_a_real_engines_steps_are_told_as_its_scheduler_makes_them(tmp_path: Path) -> None:
+    """What the simulator takes for granted of OpenVINO's scheduler: decoding goes first, prompts fill the chunk in the
+    order in which they came."""
+    library = pytest.importorskip("neaptide.engine.openvino", exc_type=ImportError)
+    options = {"threads": 1, "max_running": 4, "kv_mib": 8, "chunk_tokens": 96}
+    raw = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in options.items()}
+    source = str(Path(__file__).parent.parent / "neaptide" / "models" / "guide")
+    real = ReplicaSpec(
+        id="e-0", epoch=0, model="e", revision="r", engine="openvino", source=source, options=raw, prefix_cache="off"
+    )
+    inner = library.OpenVinoEngine(real, {})
+    path = tmp_path / "steps"
+    engine = Logged(inner, Log(str(path)), RealClock())
+    assert engine.describe().chunk_tokens == 96
+    tokens = Sampling(max_tokens=6, temperature=0.0, ignore_eos=True)
+    engine.add(1, [300 + i for i in range(100)], [], 0, tokens)
+    engine.add(2, [700 + i for i in range(200)], [], 0, tokens)
+    while engine.busy():
+        engine.step()
+    engine.close()
+    lines = [msgspec.json.decode(line) for line in path.read_bytes().splitlines()]
+    told = [(line["batch"], line["context"], line["prefill"]) for line in lines]
+    prompts = [(0, 0, 96), (0, 0, 96), (1, 101, 95), (1, 102, 13)]  # 4 and 92 of the second step are of either prompt
+    assert told[:4] == prompts
+    assert told[4:7] == [(2, 103 + 201, 0), (2, 104 + 202, 0), (2, 105 + 203, 0)]
+    assert all(line["turn_s"] >= line["step_s"] > 0 for line in lines)

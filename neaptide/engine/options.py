@@ -6,9 +6,8 @@ from collections.abc import Collection
 
 import msgspec
 
-from neaptide.config import EngineOptions
 from neaptide.errors import ConfigError
-from neaptide.specs import ReplicaSpec
+from neaptide.specs import EngineOptions, ReplicaSpec
 
 PLACEMENT = ("cpus", "io_cpus", "step_log")  # acted on outside of the engine; every engine accepts them
 _DEFAULTS = EngineOptions()

@@ -19,6 +19,8 @@ async def ask(
     socket_path: Path, method: str, target: str, *, token: str = "", body: bytes = b"", timeout_s: float = 2.0
 ) -> tuple[int, bytes]:
     """As `get`, with a method, a body and the boot token, where they are wanted."""
+    if not _is_bound(socket_path):
+        return 0, b""
     head = f"{method} {target} HTTP/1.1\r\nHost: replica\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
     head += f"Authorization: Bearer {token}\r\n" if token else ""
     try:
@@ -36,3 +38,8 @@ async def ask(
     said, _, content = answer.partition(b"\r\n\r\n")
     status = said[9:12]
     return (int(status), content) if status.isdigit() else (0, b"")
+
+
+def _is_bound(socket_path: Path) -> bool:
+    """A look is far cheaper than a connection that fails: a hundred replicas may be starting at once."""
+    return socket_path.exists()
