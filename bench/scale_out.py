@@ -78,8 +78,9 @@ class Answers:
             return
         for row in self._rows():
             ended_s = self._ended_s.get(row.request_id)
-            for attempt in row.attempts[-1:] if ended_s is not None else []:
-                self.first_s[attempt.replica] = min(ended_s, self.first_s.get(attempt.replica, ended_s))
+            if ended_s is not None and row.attempts:
+                replica = row.attempts[-1].replica
+                self.first_s[replica] = min(ended_s, self.first_s.get(replica, ended_s))
         self._looked_s = time.monotonic()
 
     def _rows(self) -> Iterator[Line.Row]:

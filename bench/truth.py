@@ -129,7 +129,12 @@ def calibrate(server: kit.Up, model: trace.Model, whole: trace.Asked, args: argp
     setup = Setup(engine=traits, replicas=args.replicas)
     rps = args.replicas * capacity(setup, float(whole.in_tokens.mean()), float(whole.out_tokens.mean())).rps
     overhead_s = float(np.median(alone.ttft_s - first_tokens(traits, alone)))
-    told = {"form": learnt.form, "steps": learnt.steps, "stalls": learnt.stalls, "stalled_s": learnt.stalled_s}
+    told: dict[str, Any] = {
+        "form": learnt.form,
+        "steps": learnt.steps,
+        "stalls": learnt.stalls,
+        "stalled_s": learnt.stalled_s,
+    }
     told |= {"linear": learnt.linear._asdict(), "grid": learnt.grid._asdict()}
     told |= {"overhead_s": overhead_s, "capacity_rps": rps, "engine": msgspec.to_builtins(traits)}
     return Fitted(setup, overhead_s, rps, told)

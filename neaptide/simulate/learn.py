@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from neaptide.errors import ConfigError
 from neaptide.simulate.arrivals import Floats
@@ -51,7 +52,7 @@ class Steps(NamedTuple):
     pairs: Floats
     seconds: Floats
 
-    def take(self, rows: Floats) -> Steps:
+    def take(self, rows: NDArray[np.bool_]) -> Steps:
         return Steps(*(column[rows] for column in self))
 
 
@@ -154,10 +155,10 @@ def _is_json(path: Path) -> bool:
         raise ConfigError(f"{path} cannot be read: {e.strerror}", code="E120", fix="check the path") from e
 
 
-def _read(path: Path) -> tuple[About | None, list[tuple[float, ...]]]:
+def _read(path: Path) -> tuple[About, list[tuple[float, ...]]]:
     """A line that was cut short by a full disk or a crash is passed over."""
     decode = msgspec.json.Decoder(_Line).decode
-    rows = []
+    rows: list[tuple[float, ...]] = []
     try:
         first, *lines = path.read_bytes().splitlines()
         about = msgspec.json.decode(first, type=About)
