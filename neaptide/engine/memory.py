@@ -1,17 +1,18 @@
-"""Whether the models of one replica fit beside each other: asked before any of them is loaded."""
+"""What memory there is, and whether the models of one replica fit into it beside each other."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 
 from neaptide.errors import ModelError
 from neaptide.specs import ReplicaSpec
 
 
 def check(spec: ReplicaSpec) -> None:
-    """ModelError E213 where what the members need exceeds the memory there is. A single model takes its share of what
-    is there, and echo needs none."""
+    """Before any of them is loaded: ModelError E213 where what the members need exceeds the memory there is. A single
+    model takes its share of what is there, and echo needs none."""
     if not spec.members or spec.engine != "openvino":
         return
     if importlib.util.find_spec("openvino_genai") is None:
@@ -19,7 +20,7 @@ def check(spec: ReplicaSpec) -> None:
     from neaptide.engine import openvino_pipeline as pipeline
 
     needs = {one.model: pipeline.memory_bytes(pipeline.plan(one)) for one in spec.each()}
-    fit(spec.model, needs, pipeline.available_bytes())
+    fit(spec.model, needs, available_bytes())
 
 
 def fit(pool: str, needs: Mapping[str, int], available_bytes: int) -> None:
@@ -35,6 +36,16 @@ def fit(pool: str, needs: Mapping[str, int], available_bytes: int) -> None:
         fix=f"take {largest} out of pools.{pool}.models, or give models.{largest}.options.kv_mib a smaller value",
         code="E213",
     )
+
+
+def available_bytes() -> int:
+    """Memory that can still be taken: the machine's, or what the container's limit leaves."""
+    with open("/proc/meminfo") as lines:
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, max(0, int(text) - int(used.read_text())))
+    return free
 
 
 def _mib(size: int) -> str:

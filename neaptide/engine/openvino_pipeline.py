@@ -16,6 +16,7 @@ import numpy as np
 
 from neaptide.clock import mono_s
 from neaptide.engine import calibrate
+from neaptide.engine.memory import available_bytes
 from neaptide.engine.options import PLACEMENT, parse
 from neaptide.engine.protocol import Sampling
 from neaptide.errors import ConfigError, ModelError
@@ -227,16 +228,6 @@ def _kv_blocks(files: ModelDir, max_running: int, kv_mib: int | None, sharers: i
         return max(2, (kv_mib << 20) // block)
     wanted = max_running * -(-files.context_tokens // BLOCK_TOKENS)
     return max(2, min(wanted, available_bytes() // (KV_SHARE * sharers) // block))
-
-
-def available_bytes() -> int:
-    """Memory that can still be taken: the machine's, or what the container's limit leaves."""
-    with open("/proc/meminfo") as lines:
-        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, max(0, int(text) - int(used.read_text())))
-    return free
 
 
 def last_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ import sys
 from neaptide import lifeline
 from neaptide.clock import mono_s
 from neaptide.engine.child import Started, begin, start, tell
+from neaptide.engine.readahead import read_ahead
 from neaptide.errors import NeaptideError
 from neaptide.link import STALL_S
 from neaptide.specs import ReplicaSpec
@@ -26,6 +27,7 @@ def run(
     """Serve until told to end; the process's exit code. Must be called in the main thread. `waiting`: a spare's engine
     process, which has waited for `waited_s`."""
     began_s = mono_s()
+    read_ahead([one.source for one in spec.each()])
     try:
         started = waiting or start(spec)
         if waiting is not None:
