@@ -217,9 +217,15 @@ def test_each_start_and_stop_is_a_flag_of_its_own_with_its_replicas() -> None:
     for second in (1.0, 2.0):
         (flag,) = flags.note(second, launched)
         assert (flag.action, flag.replicas, flag.cost_change_per_hour) == ("launch", ("m-1",), 3.2)
-    (flag,) = flags.note(3.0, Plan(choices=(choice(action="drain", before=2),), drains=("m-1", "other-0")))
-    assert flag.replicas == ("m-1",)
-    assert flag.cost_per_hour is None
+    stop = choice(action="drain", before=2)
+    for plan in (
+        Plan(choices=(stop,), drains=("m-1", "other-0")),
+        Plan(choices=(stop,), parks=("m-1", "other-0")),
+        Plan(choices=(start,), wakes=("m-1", "other-0")),
+    ):
+        (flag,) = flags.note(3.0, plan)
+        assert flag.replicas == ("m-1",)
+    assert flags.recent[2].cost_per_hour is None
 
 
 def test_plans_without_choices_are_read_by_their_reasons() -> None:

@@ -58,8 +58,8 @@ def _sentence(choice: Choice, language: str) -> str:
     before, after = choice.before, choice.after
     name = "stay" if before == after else "grow" if after > before else "shrink"
     model = f"{choice.model} ({', '.join(choice.members)})" if choice.members else choice.model
-    facts = {"model": model, "before": before, "n": after, "serves": choice.numbers["capacity_rps"]}
-    return _text(name, language, **facts, why=phrase(choice.why, language), money=_money(choice, language))
+    why, serves, money = phrase(choice.why, language), choice.numbers["capacity_rps"], _money(choice, language)
+    return _text(name, language, model=model, before=before, n=after, why=why, serves=serves, money=money)
 
 
 def _money(choice: Choice, language: str) -> str:

@@ -256,15 +256,14 @@ def _overridden(override: Override, asked: Asked) -> Asked:
 def _clamped(scale: Scale, asked: Asked) -> Asked:
     if scale.budget_per_hour is not None and scale.price_per_hour > 0:
         paid = int(scale.budget_per_hour / scale.price_per_hour + 1e-9)
-        asked = _bounded(asked, min(asked.replicas, paid), "budget", n=paid, budget=scale.budget_per_hour)
-    asked = _bounded(asked, min(asked.replicas, scale.max), "max", n=scale.max)
-    return _bounded(asked, max(asked.replicas, scale.min), "min", n=scale.min)
+        why = reason("clamp.budget", n=paid, budget=scale.budget_per_hour)
+        asked = _bounded(asked, min(asked.replicas, paid), "budget", why)
+    asked = _bounded(asked, min(asked.replicas, scale.max), "max", reason("clamp.max", n=scale.max))
+    return _bounded(asked, max(asked.replicas, scale.min), "min", reason("clamp.min", n=scale.min))
 
 
-def _bounded(asked: Asked, count: int, clamp: str, **facts: float) -> Asked:
-    if count == asked.replicas:
-        return asked
-    return asked._replace(replicas=count, clamp=clamp, why=(*asked.why, reason(f"clamp.{clamp}", **facts)))
+def _bounded(asked: Asked, count: int, clamp: str, why: Reason) -> Asked:
+    return asked if count == asked.replicas else asked._replace(replicas=count, clamp=clamp, why=(*asked.why, why))
 
 
 # --- reasons ----------------------------------------------------------------------------------------------------------
@@ -298,7 +297,7 @@ def _slo_reasons(case: Case, seen: SeenLive, state: State, count: int, rate: flo
     """The forecast, and between which forecasts the count stays: the bounds of control/slo.py, solved for the rate."""
     expected, capacity = _expected(seen, state), seen.capacity_rps
     goal = case.deployment.slo.attainment
-    said = (reason("expected", rate=expected, ahead_s=seen.cold_start_s, goal=goal, now=rate),)
+    said: tuple[Reason, ...] = (reason("expected", rate=expected, ahead_s=seen.cold_start_s, goal=goal, now=rate),)
     if count != case.fleet.present:
         return said
     rungs = state["s.margins"][:, 0]

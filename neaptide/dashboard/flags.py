@@ -62,13 +62,14 @@ class Flags:
 
     def _of_choice(self, wall_s: float, choice: Choice, plan: Plan) -> Flag:
         priced = bool(choice.cost_per_hour or choice.cost_change_per_hour)
-        moved = _launched(plan, choice.model) if choice.action == "launch" else ()
-        gone = tuple(d for d in plan.drains if model_of(d) == choice.model) if choice.action == "drain" else ()
-        why = [r for r in plan.why if r.of == choice.model or model_of(r.of) == choice.model]
+        model, up, down = choice.model, choice.action == "launch", choice.action == "drain"
+        moved = (*_launched(plan, model), *_of(model, plan.wakes)) if up else ()
+        gone = (*_of(model, plan.drains), *_of(model, plan.parks)) if down else ()
+        why = [r for r in plan.why if model in (r.of, model_of(r.of))]
         return Flag(
             id=self._number(),
             t=wall_s,
-            model=choice.model,
+            model=model,
             action=choice.action,
             sentences={x: (sentence(choice, x), *(words(r, x) for r in why)) for x in LANGUAGES},
             replicas=(*moved, *gone),
@@ -87,7 +88,7 @@ class Flags:
         model = model_of(reason.of) if drained else reason.of
         started = _launched(plan, model) if reason.name == "start" else ()
         action: Literal["launch", "drain", "hold"] = "drain" if drained else "launch" if started else "hold"
-        said = {x: (words(reason, x),) for x in LANGUAGES}
+        said: dict[str, tuple[str, ...]] = {x: (words(reason, x),) for x in LANGUAGES}
         moved = (reason.of,) if drained else started
         return Flag(id=self._number(), t=wall_s, model=model, action=action, sentences=said, replicas=moved)
 
@@ -98,6 +99,10 @@ class Flags:
 
 def _launched(plan: Plan, model: str) -> tuple[str, ...]:
     return tuple(x.replica for x in plan.launches if x.deployment == model)
+
+
+def _of(model: str, replicas: Iterable[str]) -> tuple[str, ...]:
+    return tuple(r for r in replicas if model_of(r) == model)
 
 
 def model_of(replica: str) -> str:
