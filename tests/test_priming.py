@@ -274,6 +274,9 @@ def test_the_oldest_ready_replica_of_the_same_revision_is_asked() -> None:
     found = sibling("r", fleet)
     assert found is not None
     assert found.id == "d"
+    without = sibling("r", fleet[:2])
+    assert without is not None
+    assert without.id == "a"  # it remembers while it drains
     assert sibling("new", fleet) is None
 
 

@@ -14,14 +14,16 @@ from neaptide.clock import mono_s
 from neaptide.fleet.probe import ask
 from neaptide.types import Launch, Replica
 
+GIVERS = ("ready", "standby", "draining")
 KNOCK_S = 0.05  # a replica listens some 0.3 s after its process began
 GIVE_UP_S = 30.0
 
 
 def sibling(revision: str, replicas: Sequence[Replica]) -> Replica | None:
-    """The oldest ready replica of the same revision: it has seen most, and has the same tokens."""
-    ready = [r for r in replicas if r.revision == revision and r.state == "ready"]
-    return min(ready, key=lambda r: (r.started_s, r.id), default=None)
+    """The oldest ready replica of the same revision: it has seen most, and has the same tokens. Without one, one that
+    stands by or drains: it remembers."""
+    known = [r for r in replicas if r.revision == revision and r.state in GIVERS]
+    return min(known, key=lambda r: (GIVERS.index(r.state), r.started_s, r.id), default=None)
 
 
 class Priming:
