@@ -15,7 +15,7 @@ from neaptide import config
 from neaptide.cli import build
 from neaptide.specs import EngineOptions
 from neaptide.table import Cors, Limits, Timeouts
-from neaptide.types import Event, Rule, Scale, Slo
+from neaptide.types import Event, Rule, Scale, Slo, Spares, Standby
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "neaptide").rglob("*.py"))
@@ -26,6 +26,7 @@ PLACES: dict[str, type[msgspec.Struct]] = {
     "models.NAME.": config.ModelSettings,
     "models.NAME.options.": EngineOptions,
     "models.NAME.scale.": Scale,
+    "models.NAME.scale.standby.": Standby,
     "models.NAME.scale.rules[].": Rule,
     "models.NAME.scale.calendar[].": Event,
     "models.NAME.slo.": Slo,
@@ -37,6 +38,7 @@ PLACES: dict[str, type[msgspec.Struct]] = {
     "journal.": config.JournalSettings,
     "ledger.": config.LedgerSettings,
     "store.": config.StoreSettings,
+    "spares.": Spares,
     "prices.MODEL.": config.Price,
 }
 PARENTS = {place.rstrip(".").removesuffix(".NAME").removesuffix(".MODEL") for place in PLACES} - {
