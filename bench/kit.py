@@ -263,7 +263,7 @@ class Up:
 def up(config: str, *, port: int = 0) -> Iterator[Up]:
     """`neaptide up -d` with this neaptide.yaml, on a free port and in a state directory of its own; down at the end,
     also when we are told to end."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="neaptide-bench-") as scratch:
         file, state = Path(scratch, "neaptide.yaml"), Path(scratch, "state")
         file.write_text(config)
@@ -276,6 +276,7 @@ def up(config: str, *, port: int = 0) -> Iterator[Up]:
             yield Up(told["api"], told["admin"], told["key"], told["pids"], told["ready_s"], state)
         finally:
             subprocess.run([NEAPTIDE, "down", "--state", str(state)], check=True, timeout=60, stdout=subprocess.DEVNULL)
+            signal.signal(signal.SIGTERM, before)
 
 
 # ------------------------------------------------------------------------------------------------ results
