@@ -21,7 +21,7 @@ from neaptide.fleet.rpc import Client
 from neaptide.fleet.state import StateDir
 from neaptide.fleet.static import StaticDriver
 from neaptide.fleet.supervisor import Supervisor
-from neaptide.specs import ReplicaSpec
+from neaptide.specs import MemberSpec, ReplicaSpec
 from neaptide.types import Deployment, Launch, Revision
 from tests.conftest import ROOT, alive
 
@@ -96,6 +96,7 @@ async def driver(state: StateDir) -> AsyncIterator[LocalDriver]:
             cache_dir=str(state.cache),
             log_path=str(state.log / f"{launch.replica}.log"),
             grace_s=2.0,
+            members=tuple(MemberSpec(model=m, revision=f"{m}-r7") for m in deployment.members),
         )
 
     def event(name: str, body: msgspec.Raw) -> None:
@@ -264,5 +265,27 @@ def test_a_standby_that_dies_is_told_dead_and_one_that_drains_is_gone(tmp_path: 
             await until(ended)
             await one.wake("m-0")
             assert not one.rows()
+
+    asyncio.run(story())
+
+
+def test_a_replica_of_several_models_is_one_row_that_tells_them_all_after_a_restart_of_control_too(
+    tmp_path: Path,
+) -> None:
+    pool = msgspec.structs.replace(DEPLOYMENT, members=("a", "b"))
+
+    async def story() -> None:
+        async with supervised(tmp_path) as (state, _):
+            async with driver(state) as first:
+                await first.launch(LAUNCH, pool)
+            async with driver(state) as second:
+
+                async def ready() -> bool:
+                    return await states(second) == {"m-0": "ready"}
+
+                await until(ready)
+                (row,) = second.rows().values()
+                assert (row.model, row.revision, row.members) == ("m", "m-r1", {"a": "a-r7", "b": "b-r7"})
+                assert set(second.about("m-0").members) == {"a", "b"}
 
     asyncio.run(story())
