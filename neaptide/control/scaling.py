@@ -130,7 +130,7 @@ class Scaling:
             raise AdminError(400, "E605", f"for_s={new.for_s:g} is out of range", fix="over 0, at most 30 days")
         held = Override(count=new.replicas, until_wall_s=wall_s() + new.for_s, by=new.by[:64])
         self._write({**self._overrides, d.model: held})
-        log.info("%s: set to %d for %.0f s by %r", d.model, held.count, new.for_s, held.by)
+        log.warning("%s: set to %d for %.0f s by %r", d.model, held.count, new.for_s, held.by)  # a policy is overruled
         self._control.loop.nudge()
         return self.row(d)
 
@@ -138,7 +138,7 @@ class Scaling:
         d = self._deployment(model)
         if d.model in self._overrides:
             self._write({m: o for m, o in self._overrides.items() if m != d.model})
-            log.info("%s: what was set by hand is cleared", d.model)
+            log.warning("%s: what was set by hand is cleared", d.model)
             self._control.loop.nudge()
         return self.row(d)
 
