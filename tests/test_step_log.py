@@ -15,7 +15,7 @@ from neaptide.engine.log import Log
 from neaptide.engine.protocol import Capacity, Description, Emission, Sampling
 from neaptide.engine.steplog import Logged, watched
 from neaptide.errors import ConfigError
-from neaptide.specs import ReplicaSpec
+from neaptide.specs import MemberSpec, ReplicaSpec
 
 CHUNK = 100
 STEP_S, AROUND_S = 0.010, 0.002
@@ -212,6 +212,19 @@ def test_an_engine_is_watched_where_its_options_ask_for_it(tmp_path: Path) -> No
     assert [step["prefill"] for step in steps] == [4, 0, 0]
     with pytest.raises(ConfigError):
         watched(engine, spec(tmp_path, step_log="perhaps"))
+
+
+def test_models_that_share_a_replica_have_a_file_each(tmp_path: Path) -> None:
+    clock = VirtualClock()
+    options = {"step_log": msgspec.Raw(b"true")}
+    names = ("small/one", "small/two")
+    members = tuple(MemberSpec(model=name, revision="r", options=options) for name in names)
+    pool = msgspec.structs.replace(spec(tmp_path), members=members)
+    for one in pool.each():
+        watched(EchoEngine(one, clock, clock.advance), one)
+    for place, name in enumerate(names):
+        head = msgspec.json.decode((tmp_path / f"e-0.{place}.steps.jsonl").read_bytes())
+        assert head["model"] == name
 
 
 # ------------------------------------------------------------------------------------------------ a real engine

@@ -37,9 +37,16 @@ def watched(engine: Engine, spec: ReplicaSpec) -> Engine:
     """`engine`, with a step log where the spec's options ask for one; on stderr where it names no log."""
     if not wants_step_log(spec):
         return engine
-    path = str(Path(spec.log_path).with_suffix(SUFFIX)) if spec.log_path else ""
     head = {"event": "engine", **msgspec.to_builtins(engine.describe())}
-    return Logged(engine, Log(path, head=head), RealClock())
+    return Logged(engine, Log(_path(spec), head=head), RealClock())
+
+
+def _path(spec: ReplicaSpec) -> str:
+    """A file for each model of a replica that serves several, by its place: a model's name may hold a slash."""
+    if not spec.log_path:
+        return ""
+    place = f".{[member.model for member in spec.members].index(spec.model)}" if spec.members else ""
+    return str(Path(spec.log_path).with_suffix(f"{place}{SUFFIX}"))
 
 
 class _Step(NamedTuple):
