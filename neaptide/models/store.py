@@ -174,7 +174,7 @@ class HttpStore:
 
     def _small(self, path: str, what: str) -> bytes:
         try:
-            return b"".join(self._stream(path, 0, what))[:MAX_MANIFEST_BYTES]
+            return _at_most(MAX_MANIFEST_BYTES, self._stream(path, 0, what))
         except (OSError, http.client.HTTPException) as e:
             raise _unreachable(self._url, str(e)) from e
 
@@ -241,6 +241,16 @@ def _replace(path: Path, raw: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh.write_bytes(raw)
         fresh.replace(path)
+
+
+def _at_most(most: int, pieces: Iterator[bytes]) -> bytes:
+    """What comes, but no more than `most` bytes: the rest is not read."""
+    came = b""
+    for piece in pieces:
+        came += piece
+        if len(came) > most:
+            break
+    return came[:most]
 
 
 def _digest(raw: bytes, name: str) -> str:
