@@ -166,3 +166,5 @@ def test_two_real_models_answer_from_one_engine_process(serve: Serve) -> None:
     assert texts[0]
     assert texts[0] == texts[1] == texts[2]
     assert [p["role"] for p in status(service)["processes"]].count("engine") == 1
+    (replica,) = status(service)["replicas"]
+    assert {"memory_s", "load_s", "ready_s"} <= {s["name"] for s in replica["stages"]}

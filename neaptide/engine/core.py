@@ -185,9 +185,11 @@ def serve(spec: ReplicaSpec, sock: socket.socket) -> int:
     try:
         _pin(spec)  # before the library counts the processors it may use
         loop = Loop(sock)
-        memory.check(spec)
+        checked = memory.check(spec)
         for one in spec.each():
-            loop.host(*build(one, loop.wait))
+            engine, stages = build(one, loop.wait)
+            loop.host(engine, checked | stages)
+            checked = {}  # once, of the first
         try:
             loop.run()
         except Ended:

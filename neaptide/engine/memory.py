@@ -6,21 +6,25 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
+from neaptide.clock import mono_s
 from neaptide.errors import ModelError
 from neaptide.specs import ReplicaSpec
 
 
-def check(spec: ReplicaSpec) -> None:
+def check(spec: ReplicaSpec) -> dict[str, float]:
     """Before any of them is loaded: ModelError E213 where what the members need exceeds the memory there is. A single
-    model takes its share of what is there, and echo needs none."""
+    model takes its share of what is there, and echo needs none. The seconds it took, the library's import included, as
+    a stage of the start."""
     if not spec.members or spec.engine != "openvino":
-        return
+        return {}
     if importlib.util.find_spec("openvino_genai") is None:
-        return  # that it is missing is said where it is loaded
+        return {}  # that it is missing is said where it is loaded
+    started_s = mono_s()
     from neaptide.engine import openvino_pipeline as pipeline
 
     needs = {one.model: pipeline.memory_bytes(pipeline.plan(one)) for one in spec.each()}
     fit(spec.model, needs, available_bytes())
+    return {"memory_s": mono_s() - started_s}
 
 
 def fit(pool: str, needs: Mapping[str, int], available_bytes: int) -> None:
