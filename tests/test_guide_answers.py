@@ -17,7 +17,7 @@ ASKED = [  # what is said, turn by turn; what the last answer must hold
     (["What is TTFT?"], ["first token"]),
     (["how do I create an api key"], ["keys create"]),
     (["how do I convert a hugging face model"], ["models convert"]),
-    (["can it scale to zero?"], ["lanned"]),
+    (["can it scale to zero?"], ["min: 0"]),
     (["hello"], ["Neaptide"]),
     (["thank you"], ["welcome"]),
     (["write a poem about the sea"], ["don't know"]),
@@ -33,11 +33,10 @@ ASKED = [  # what is said, turn by turn; what the last answer must hold
     (["帮我订明天6个人的桌子", "18:30", "我叫司马光"], ["6", "明天", "18:30", "司马光"]),
 ]
 
-# What the weights have not learnt yet: they saw 11M tokens of these subjects, a release sees 25M (the model card).
+# What the weights have not learnt yet (the model card has the rates).
 UNLEARNT = {
     "What is Neaptide?",
     "how do I convert a hugging face model",
-    "什么是首字延迟？",
     "A table for four on Friday, please",
     "帮我订明天6个人的桌子",
 }
