@@ -240,6 +240,21 @@ def test_a_linked_replica_takes_what_it_reported_less_what_was_sent_since():
     assert not target.can_take(0.0)
 
 
+def test_a_replica_that_refused_for_want_of_room_is_given_nothing_until_one_ends_or_it_reports() -> None:
+    target = Target(ReplicaRow(id="r", model="m", endpoint="link:/x"))
+    target.connected = True
+    target.heard(LoadReport(slots=4, rooms={"m": 4}))  # crossed four requests that were on their way
+    target.take()
+    target.release()  # it is refused
+    target.filled()
+    assert not target.can_take(0.0, "m")
+    target.release()  # one that it had taken before ends
+    assert target.can_take(0.0, "m")
+    target.filled()
+    target.heard(LoadReport(slots=1))
+    assert target.can_take(0.0, "m")
+
+
 # --- ids, timing, metrics
 
 

@@ -138,10 +138,13 @@ class Door:
         exchange.sent(target, now, body, hide)
         self._upstreams[row.id].send(exchange)
 
-    def again(self, exchange: Exchange, now: float) -> None:
-        """Another try, before the first byte: another replica, if one can take it; else the front of the line."""
+    def again(self, exchange: Exchange, now: float, full: bool = False) -> None:
+        """Another try, before the first byte: another replica, if one can take it; else the front of the line. `full`:
+        the last one had no room."""
+        last, lane = exchange.target, exchange.lane
         self._release(exchange)
-        lane = exchange.lane
+        if full and last is not None:
+            last.filled()
         lane.metrics.retries += 1
         target = route.choose(lane.targets, now, lane.turn, exchange.tried, lane.row.model)
         if target is None:

@@ -315,7 +315,7 @@ class Exchange:
             self.target.failed(now)
         if failure.retryable and self.may_retry():
             self.handle = None
-            self.door.again(self, now)
+            self.door.again(self, now, failure.slug == "replica_full")
             return
         message = f"The replica {failure.message}."
         self.fail(RequestError(502, message, slug=failure.slug, kind="api_error"), now)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import msgspec
+
 from neaptide.link import LoadReport
 from neaptide.table import ReplicaRow
 
@@ -70,6 +72,12 @@ class Target:
         """A fresh report counts what was sent before it."""
         self.report, self.sent = report, 0
         self.draining = report.draining or self.row.state == "draining"
+
+    def filled(self) -> None:
+        """It refused one for want of room: what it reported had crossed others on the way. Until it reports again it
+        has room only for as many as end meanwhile."""
+        if self.report is not None:
+            self.report, self.sent = msgspec.structs.replace(self.report, slots=0, rooms={}), 0
 
     def failed(self, now: float) -> None:
         """It could not be reached: leave it out for a short, growing while."""
