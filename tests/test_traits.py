@@ -104,6 +104,12 @@ def test_later_starts_move_the_mean() -> None:
     assert memory.models["m"].starts == 2
 
 
+def test_a_standby_that_wakes_has_not_just_started() -> None:
+    memory = after(Memory(), 103.0, replica("standby", 100.0))
+    memory = after(memory, 104.0, replica("ready", 100.0))
+    assert memory.models["m"].starts == 0
+
+
 def test_a_replica_adopted_from_another_control_tells_nothing_of_its_start() -> None:
     memory = after(Memory(), 100.0 + SEEN_EARLY_S + 1, replica("starting", 100.0))
     memory = after(memory, 4000.0, replica("ready", 100.0))

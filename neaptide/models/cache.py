@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -164,13 +165,14 @@ class Cache:
             blob, place = self._blobs.path(file.sha256), path / file.name
             if _same(blob, place):
                 continue
-            fresh = path / f".{file.name}.{os.getpid()}"
+            fresh = path / f".{file.name}.{os.getpid()}.{threading.get_ident()}"
             fresh.unlink(missing_ok=True)
             try:
                 os.link(blob, fresh)
             except OSError:
                 shutil.copy2(blob, fresh)
             fresh.replace(place)
+            fresh.unlink(missing_ok=True)  # it stays where another has just given `place` the same file
 
     def _make_room(self, ref: Ref) -> None:
         """For all that the manifests here name: downloads under way are reckoned with, since theirs came first."""

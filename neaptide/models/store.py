@@ -13,6 +13,7 @@ import hashlib
 import http.client
 import os
 import re
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -236,7 +237,7 @@ def _hashed(path: Path, came: Callable[[int], None]) -> File:
 
 
 def _replace(path: Path, raw: bytes) -> None:
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     with on_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh.write_bytes(raw)
