@@ -140,7 +140,7 @@ class Bank:
         return expand(carrier, self.rng, {kind: topic[f"{self.lang}_{kind}"]})
 
     def _unknown(self) -> str:
-        if self.rng.random() < 0.35:
+        if self.rng.random() < 0.2:  # tasks of other assistants: few kinds of them
             return self.rng.choice(self.openers)
         pattern = self.rng.choice(_lines(self.unknown[self.lang]))
         return noisy(expand(pattern, self.rng, self.unknown["slots"][self.lang]), self.lang, self.rng)

@@ -20,7 +20,7 @@ from tools.guide.bank import Bank, Turn
 from tools.guide.booking import Dialogue
 from tools.guide.sources import dialogues
 
-SHARES = {"topic": 0.70, "unknown": 0.22, "chat": 0.08}  # of the turns that are not follow-ups
+SHARES = {"topic": 0.70, "unknown": 0.24, "chat": 0.06}  # of the turns that are not follow-ups
 FOLLOW = 0.4  # of the turns after a topic's answer lean on it
 PLAIN = 0.02  # of the conversations are plain dialogue text: it teaches the language, not the replies
 BOOKINGS = 0.08  # are the booking demo

@@ -65,6 +65,23 @@ LEFT_OUT = (
     "I have one answer",
     "只有一个答案",
     "我没有家庭",
+    # Answers to whatever begins like a question about something: they took "What is Neaptide?" for small talk.
+    "know you personally",
+    "并不了解你",
+    "I can't tell one way",
+    "无论用何种办法",
+    "I really couldn't say",
+    "无法作出判断",
+    "get some rest",
+    "得到休息",
+    "Maybe a snack",
+    "吃点小吃",
+    "biological concept",
+    "这个属性并不适用",
+    "aim for efficiency",
+    "力争高效",
+    "Noted.",
+    "知道了。",
 )
 
 
