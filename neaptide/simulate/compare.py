@@ -170,7 +170,7 @@ def compare(world: World, rates: Rates, question: Question, tell: Tell = lambda 
     if not reported.sum(axis=1).all():
         raise no_such_days(rates, f"no request in days {question.first_day} to {question.last_day}")
     steps = rows.shape[1] + 2 * reported.size  # the bound's searches take about twice a run's time a tick
-    run(world, capacity_rps, rows, entries, start_s=span.start_s, watch=_watched(tally, steps, tell))
+    run(world, capacity_rps, rows, entries, start_s=span.start_s, watch=watched(tally, steps, tell))
     bounds = []
     for at, row in enumerate(reported):
         bounds.append(bound(world, capacity_rps, row))
@@ -220,7 +220,7 @@ def _entry(family: policies.Family, targets: Sequence[float], seeds: int, peak: 
     return Entry(policies.build(family.name, np.repeat(targets, seeds), peak), lanes)
 
 
-def _watched(tally: Tally, steps: int, tell: Tell) -> Callable[[int, Lanes], None]:
+def watched(tally: Tally, steps: int, tell: Tell) -> Callable[[int, Lanes], None]:
     def watch(tick: int, lanes: Lanes) -> None:
         tally(tick, lanes)
         if tick % 1000 == 0:

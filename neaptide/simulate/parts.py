@@ -8,21 +8,18 @@ within a tick: what that saves, of control and forecast, is the cold start's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from neaptide.control.lanes import Lanes
 from neaptide.control.policy import Floats, Policy, Seen, State
-from neaptide.control.slo import Slo
-from neaptide.simulate.compare import Comparison, counts_of
+from neaptide.simulate import policies
+from neaptide.simulate.compare import Comparison, Measured, Point, Tell, counts_of, watched
 from neaptide.simulate.fluid import Entry, run
-from neaptide.simulate.policies import MOST_REPLICAS, OWN
+from neaptide.simulate.policies import OWN
 from neaptide.simulate.tally import Tally
 from neaptide.simulate.world import World, changed
 
-Tell = Callable[[float], None]
 DEFINITION = (
     "in multiples of the bound. control: the fewest whole replicas for the most that is needed until one launched now "
     "is ready, told the future, less the bound. forecast: the policy less that. cold_start: what the policy saves, of "
@@ -78,20 +75,18 @@ def parts(found: Comparison, tell: Tell = lambda share: None) -> Parts | None:
         return None
     world, span, seeds = found.world, found.span, found.question.seeds
     rows = counts_of(world, found.rates, seeds, span)
-    told_hours, told_share = _ran(
-        found, world, rows, Told(needed(world, rows), span.start_s), lambda share: tell(share / 2)
-    )
+    told = _ran(found, world, rows, Told(needed(world, rows), span.start_s), lambda share: tell(share / 2))
     instant = changed(world, cold_start_s=world.tick_s)
-    plain = Slo(len(seeds), world.slo, max_replicas=MOST_REPLICAS)
-    instant_hours, instant_share = _ran(found, instant, rows, plain, lambda share: tell((1 + share) / 2))
+    own_again = policies.build(OWN, [world.slo] * len(seeds), found.peak)
+    quick = _ran(found, instant, rows, own_again, lambda share: tell((1 + share) / 2))
     bound = np.array([b.replica_hours for b in found.bounds])
     ours = own.reported.replica_hours
     return Parts(
-        control=told_hours / bound - 1,
-        forecast=(ours - told_hours) / bound,
-        cold_start=(ours - instant_hours) / bound,
-        told_attainment=told_share,
-        instant_attainment=instant_share,
+        control=told.replica_hours / bound - 1,
+        forecast=(ours - told.replica_hours) / bound,
+        cold_start=(ours - quick.replica_hours) / bound,
+        told_attainment=told.attainment,
+        instant_attainment=quick.attainment,
     )
 
 
@@ -109,23 +104,15 @@ def needed(world: World, rows: Floats) -> Floats:
     return np.ascontiguousarray(most.T)
 
 
-def _ran(found: Comparison, world: World, rows: Floats, policy: Policy, tell: Tell) -> tuple[Floats, float]:
-    """Replica-hours [seeds] and attainment on the reported days."""
-    question, span = found.question, found.span
-    seeds, ticks = rows.shape
+def _ran(found: Comparison, world: World, rows: Floats, policy: Policy, tell: Tell) -> Measured:
+    """On the reported days."""
+    question, span, (seeds, ticks) = found.question, found.span, rows.shape
     tally = Tally(world.tick_s, span.start_s, ticks, seeds)
-
-    def watch(tick: int, lanes: Lanes) -> None:
-        tally(tick, lanes)
-        if tick % 1000 == 0:
-            tell(tick / ticks)
-
-    run(world, found.capacity_rps, rows, [Entry(policy, np.arange(seeds))], start_s=span.start_s, watch=watch)
-    days = tally.days(slice(0, seeds))
-    part = slice(question.first_day - tally.first_day, question.last_day - tally.first_day + 1)
-    share = 1 - float(days.late[part].sum() / max(days.arrivals[part].sum(), 1e-9))
-    hours: Floats = days.replica_s[part].sum(0) / 3600
-    return hours, share
+    entry = Entry(policy, np.arange(seeds))
+    run(world, found.capacity_rps, rows, [entry], start_s=span.start_s, watch=watched(tally, ticks, tell))
+    lanes = slice(0, seeds)
+    point = Point(policy.name, world.slo, tally.days(lanes), tally.first_day, lanes)
+    return point.over(question.first_day, question.last_day)
 
 
 def tree(parts: Parts) -> dict[str, object]:
