@@ -1,5 +1,6 @@
-"""The booking demo's dialogues: the guide collects people, day, time and name, repeats what it has noted each turn, and
-says at the end that nothing was booked. It shows that earlier turns are used: names and times are copied from them.
+"""The booking demo's dialogues: the guide collects people, day and time, repeats what it has noted each turn, and says
+at the end that nothing was booked. It shows that earlier turns are used: what was noted is copied from them. No name is
+asked for; guests give one all the same, and it is not repeated.
 
 Each answer states all that is noted, so that what must be copied stands in the turn before.
 """
@@ -15,16 +16,16 @@ from tools.guide.patterns import expand, noisy
 
 TEXTS = tomllib.loads((Path(__file__).parent / "booking.toml").read_text(encoding="utf-8"))
 VALUES = TEXTS["values"]
-SLOTS = ("people", "day", "time", "name")
+SLOTS = ("people", "day", "time")
 OPENINGS = {
     "open": ((), 3),
     "open_people": (("people",), 2),
     "open_day": (("day",), 1),
     "open_two": (("people", "day"), 2),
-    "open_three": (("people", "day", "time"), 2),
-    "open_all": (SLOTS, 1),
+    "open_three": (SLOTS, 2),
+    "open_all": (SLOTS, 1),  # and a name
 }  # how a dialogue begins: what it gives, how often
-PAIRS = (("people", "day"), ("day", "time"), ("time", "name"))  # slots that guests give together
+PAIRS = (("people", "day"), ("day", "time"))  # slots that guests give together
 
 
 class Dialogue:
@@ -54,7 +55,7 @@ class Dialogue:
     def _more(self, missing: list[str]) -> None:
         """The guest answers the question, says two things at once, or changes their mind."""
         draw = self.rng.random()
-        changeable = [slot for slot in self.known if slot != "name"]
+        changeable = list(self.known)
         pair = next((p for p in PAIRS if p[0] == missing[0] and p[1] in missing), None)
         if draw < 0.12 and changeable:
             slot = self.rng.choice(changeable)
@@ -62,14 +63,18 @@ class Dialogue:
         elif draw < 0.3 and pair is not None:
             self._say(self.texts["_".join(pair)], self._take(pair), self._answer())
         else:
-            self._say(self.texts[missing[0]], self._take(missing[:1]), self._answer())
+            named = missing == ["time"] and self.rng.random() < 0.15
+            said = self.texts["time_name" if named else missing[0]]
+            self._say(said, self._take(missing[:1]), self._answer())
 
     def _close(self) -> None:
-        """After the last answer: a change, a question, thanks, or nothing."""
+        """After the last answer: a name, a change, a question, thanks, or nothing."""
+        if self.rng.random() < 0.25:
+            self._say(self.texts["name"], {}, self._answer())
         for _ in range(self.rng.choice((0, 0, 1, 1, 2))):
             draw = self.rng.random()
             if draw < 0.4:
-                slot = self.rng.choice(SLOTS[:3])
+                slot = self.rng.choice(SLOTS)
                 self._say(self.texts[f"change_{slot}"], self._take((slot,)), self._answer())
             elif draw < 0.75:
                 self._say(self.texts["ask"], {}, self._answer())
@@ -79,7 +84,8 @@ class Dialogue:
                 return
 
     def _say(self, patterns: list[str], given: dict[str, str], answer: str) -> None:
-        said = expand(self.rng.choice(patterns), self.rng, {slot: [value] for slot, value in given.items()})
+        slots = {slot: [value] for slot, value in given.items()} | {"name": [_name(self.lang, self.rng)]}
+        said = expand(self.rng.choice(patterns), self.rng, slots)
         if patterns is self.texts["open"]:
             said = noisy(said, self.lang, self.rng)
         self.messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
@@ -111,7 +117,7 @@ class Dialogue:
 
 def value(slot: str, lang: str, rng: random.Random) -> str:
     """What a guest might give for `slot`; it is repeated as it was given."""
-    return {"people": _people, "day": _day, "time": _time, "name": _name}[slot](lang, rng)
+    return {"people": _people, "day": _day, "time": _time}[slot](lang, rng)
 
 
 def _people(lang: str, rng: random.Random) -> str:

@@ -23,7 +23,7 @@ from tools.guide.sources import dialogues
 SHARES = {"topic": 0.70, "unknown": 0.24, "chat": 0.06}  # of the turns that are not follow-ups
 FOLLOW = 0.4  # of the turns after a topic's answer lean on it
 PLAIN = 0.02  # of the conversations are plain dialogue text: it teaches the language, not the replies
-BOOKINGS = 0.08  # are the booking demo
+BOOKINGS = 0.10  # are the booking demo
 TURNS = {1: 0.75, 2: 0.15, 3: 0.07, 4: 0.03}
 CUT = 0.8  # of the conversations end within their last answer (train.HEAD): which answer it is shows at its beginning
 SYSTEMS = [
