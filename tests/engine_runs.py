@@ -75,6 +75,7 @@ def traits(**changed: object) -> st.SearchStrategy[Traits]:
         "kv_tokens": st.integers(150, 400),
         "kv_block_tokens": st.sampled_from([1, 4, 8]),
         "headroom": st.sampled_from([0.0, 0.1]),
+        "admit": st.sampled_from(["prompt", "answer"]),
         "prefix_block_tokens": st.just(0),
     }
     return st.builds(Traits, **fields | {name: st.just(value) for name, value in changed.items()})

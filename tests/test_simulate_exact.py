@@ -31,16 +31,24 @@ def test_a_long_prompt_takes_a_step_a_chunk() -> None:
 
 
 def test_who_comes_while_a_step_runs_joins_at_its_end() -> None:
-    book = run(PLAIN, (0.0, 10, 4), (0.1, 5, 2), (0.9, 5, 1))
+    book = run(PLAIN, (0.0, 10, 4), (0.1, 5, 2), (0.9, 4, 1))
     assert book.first_s == [1.0, 2.0, 2.0]
     assert book.finish_s == [4.0, 3.0, 2.0]
 
 
 def test_prompts_share_a_step_in_the_order_of_the_line_and_decoding_goes_on_beside_them() -> None:
     book = run(PLAIN, (0.0, 1, 9), (0.1, 15, 1), (0.2, 4, 1), (0.3, 2, 1))
-    # 10 of 15; 5 of 15, 4, and 1 of 2; 1 of 2
-    assert book.first_s == [1.0, 3.0, 3.0, 4.0]
+    # Of ten tokens one is the first request's. The others: 9 of 15; 6 of 15, 3 of 4; 1 of 4, 2
+    assert book.first_s == [1.0, 3.0, 4.0, 4.0]
     assert book.finish_s[0] == 9.0
+
+
+def test_prompts_wait_while_those_who_decode_need_the_whole_chunk() -> None:
+    full = Traits(step=SECOND, max_batch=4, chunk_tokens=2, kv_tokens=None, prefix_block_tokens=0)
+    book = run(full, (0.0, 1, 5), (0.1, 1, 3), (0.2, 2, 1))
+    # From 2 to 4 both tokens are theirs; the third one's prompt takes a token in each of the next two steps.
+    assert book.first_s == [1.0, 2.0, 6.0]
+    assert book.finish_s[:2] == [5.0, 4.0]
 
 
 def test_the_batch_holds_no_more_than_it_may_and_who_waits_comes_first_in_first_out() -> None:
@@ -68,6 +76,16 @@ def test_who_was_admitted_last_is_computed_anew_when_memory_runs_out() -> None:
     assert book.first_s[1] == 2.0  # it is not taken back
     assert book.finish_s[1] == 8.0 + 6  # its prompt and two tokens again, which gives the third, then five more
     assert engine.memory.used == 0
+
+
+def test_where_the_whole_answer_must_fit_the_next_one_waits_and_nobody_is_computed_anew() -> None:
+    tight = Traits(
+        step=SECOND, chunk_tokens=100, kv_tokens=24, kv_block_tokens=8, headroom=0.0, prefix_block_tokens=0,
+        admit="answer",
+    )  # fmt: skip
+    book = run(tight, (0.0, 8, 8), (0.0, 8, 8), (0.0, 4, 4))
+    assert book.preempted == [0, 0, 0]
+    assert book.first_s == [1.0, 9.0, 9.0]  # of three blocks they need two, two and one
 
 
 def test_nobody_is_admitted_whose_prompt_and_headroom_do_not_fit_beside_the_others() -> None:

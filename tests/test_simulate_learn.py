@@ -98,6 +98,7 @@ def test_an_engine_is_read_from_its_own_logs_rotated_ones_too(tmp_path: Path) ->
     assert found.steps == 900
     assert (traits.max_batch, traits.chunk_tokens, traits.kv_tokens, traits.kv_block_tokens) == (32, 512, 20_000, 32)
     assert traits.prefix_block_tokens == 512
+    assert traits.admit == "answer"
     assert traits.step.prefill_token_s == pytest.approx(TRUE.prefill_token_s, rel=1e-3)  # the turn, not the step alone
 
 

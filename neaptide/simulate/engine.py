@@ -4,8 +4,8 @@ At a border (a step's end, or an arrival while idle) the engine puts its next st
 
 1. Each request that decodes gets a token. Where KV memory does not hold one more for each, the one that was admitted
    last goes back to the head of the line, to be computed anew with what it had generated; nobody is admitted then.
-2. Up to `chunk_tokens` prompt tokens beside them: the prompt that has begun first, then from the line in its order,
-   while a place in the batch is free and KV memory holds the prompt and some headroom.
+2. What these tokens leave of `chunk_tokens` is for prompts, as in vLLM and OpenVINO GenAI: first the one that has
+   begun, then from the line in its order, while a place in the batch is free and KV memory holds what `admit` asks for.
 3. The step lasts as long as its StepTime says. Who is past the prompt at its end has the first token.
 
 Who comes while a step runs waits for its end. A prompt's last token is always computed, whatever prefixes are known.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -39,10 +39,11 @@ class Traits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         prefill_pair_s=9.6956e-10,
     )
     max_batch: int = 256  # requests decoding or prefilling
-    chunk_tokens: int = 2048  # prompt tokens a step
+    chunk_tokens: int = 2048  # a step: one for each that decodes, the rest for prompts
     kv_tokens: int | None = 380_000  # None: KV memory never runs out, and every prefix is kept
     kv_block_tokens: int = 16
     headroom: float = 0.01  # share of KV memory that must stay free when a request is admitted beside others
+    admit: Literal["prompt", "answer"] = "prompt"  # once KV memory holds it; answer: and all that it will generate
     prefix_block_tokens: int = 512  # what a prefix id of the arrivals stands for; 0: no prefix is kept
 
     def __post_init__(self) -> None:
@@ -117,6 +118,11 @@ def rounded(traits: Traits, tokens: int) -> int:
     return -(-tokens // traits.kv_block_tokens) * traits.kv_block_tokens
 
 
+def whole(traits: Traits, prompt: int, out: int) -> int:
+    """KV tokens of a request at its end: it needs none for its last token."""
+    return rounded(traits, prompt + out - 1)
+
+
 def could_hold(traits: Traits, memory: Memory, prompt: int, out: int) -> bool:
-    """Would it fit if it were alone? It needs no KV for its last token."""
-    return rounded(traits, prompt + out - 1) <= memory.total
+    """Would it fit if it were alone?"""
+    return whole(traits, prompt, out) <= memory.total

@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 
-from neaptide.simulate.engine import Book, Traits, could_hold, memory, rounded
+from neaptide.simulate.engine import Book, Traits, could_hold, memory, rounded, whole
 from neaptide.simulate.steps import pairs_of
 
 
@@ -29,6 +29,7 @@ class Exact:
         self._traits, self._book = traits, book
         self.memory = memory(traits)
         self._headroom = math.ceil(traits.headroom * self.memory.total)
+        self._promised = 0  # KV tokens that the batch will have taken by its end
         self._line: deque[int] = deque()
         self._decoding: list[_Sequence] = []  # in the order of admission
         self._prefilling: list[_Sequence] = []  # all that this step works on; the last one may go on after it
@@ -109,13 +110,14 @@ class Exact:
 
     def _fill(self, squeezed: bool) -> tuple[int, float]:
         """Prompt tokens of this step and the pairs that they attend."""
-        budget, pairs = self._traits.chunk_tokens, 0.0
+        room = budget = max(0, self._traits.chunk_tokens - len(self._decoding))
+        pairs = 0.0
         if self._prefilling:
             budget, pairs = self._prefill(self._prefilling[0], budget)
         while budget and not squeezed and self._line and self._admit():
             budget, more = self._prefill(self._prefilling[-1], budget)
             pairs += more
-        return self._traits.chunk_tokens - budget, pairs
+        return room - budget, pairs
 
     def _prefill(self, sequence: _Sequence, budget: int) -> tuple[int, float]:
         chunk = min(budget, sequence.left)
@@ -134,8 +136,14 @@ class Exact:
         known = wanted[: self.memory.known(wanted)]
         cached = len(known) * self.memory.block_tokens
         private = rounded(self._traits, tokens) - cached
-        if private + (self._headroom if batch else 0) > self.memory.free_beside(known):
+        promise = whole(self._traits, self._book.prompt[id], self._book.out[id])
+        if self._traits.admit == "answer":
+            asked, free = promise, self.memory.total - self._promised
+        else:
+            asked, free = private, self.memory.free_beside(known)
+        if asked + (self._headroom if batch else 0) > free:
             return False
+        self._promised += promise
         self.memory.hold(known)
         self.memory.take(private)
         if not self._book.made[id]:
@@ -179,5 +187,6 @@ class Exact:
         sequence.private -= len(fresh) * self.memory.block_tokens
 
     def _release(self, sequence: _Sequence) -> None:
+        self._promised -= whole(self._traits, self._book.prompt[sequence.id], self._book.out[sequence.id])
         self.memory.give(sequence.private)
         self.memory.release(sequence.blocks)

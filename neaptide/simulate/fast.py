@@ -37,8 +37,8 @@ class Fast:
     __slots__ = (
         "_base_s", "_blocks", "_book", "_bounded", "_chunk", "_context", "_count", "_done", "_finish_s", "_first_s",
         "_growth_s", "_half_block", "_headroom", "_left", "_line", "_long", "_made", "_max_batch", "_open", "_order",
-        "_out", "_pair_s", "_part", "_pieces", "_prompt", "_ready", "_shares", "_start_s", "_steps", "_token_s",
-        "_tokens", "_traits", "end_s", "memory",
+        "_out", "_pair_s", "_part", "_pieces", "_promised", "_promises", "_prompt", "_ready", "_shares", "_start_s",
+        "_steps", "_token_s", "_tokens", "_traits", "end_s", "memory",
     )  # fmt: skip
 
     def __init__(self, traits: Traits, book: Book) -> None:
@@ -53,6 +53,7 @@ class Fast:
         self.memory = memory(traits)
         self._headroom = math.ceil(traits.headroom * self.memory.total)
         self._half_block = traits.kv_block_tokens // 2
+        self._promises = traits.admit == "answer"
         self._line: deque[int] = deque()
         self._count = 0
         self._reset()
@@ -62,6 +63,7 @@ class Fast:
         self._context = 0  # of all of them, the token being computed included
         self._left = self._tokens = self._part = 0  # the prompt that has begun: still to do, in all, whose
         self._ready: list[int] = []  # whose prompts are complete at the end of this step
+        self._promised = 0  # KV tokens that the batch will have taken by its end
         self._blocks: dict[int, list[int]] = {}  # shared ones that a request holds
         self._order: list[int] = []  # ids as they were admitted; some have left
         self._steps, self._start_s, self._base_s, self._growth_s = 0, 0.0, 0.0, 0.0  # of this jump
@@ -201,7 +203,7 @@ class Fast:
 
     def _fill(self, squeezed: bool) -> tuple[int, float, int]:
         """Prompt tokens of a step, the pairs that they attend, and for how many steps it can go on like this."""
-        chunk = budget = self._chunk
+        chunk = budget = max(0, self._chunk - len(self._done))  # as long as nobody ends or joins, so for this jump
         pairs = 0.0
         while budget:
             if not self._left and (squeezed or not self._line or not self._admit()):
@@ -230,9 +232,9 @@ class Fast:
         if self._bounded:
             known = self._known(id) if self._shares else []
             left -= len(known) * self.memory.block_tokens
-            free = self.memory.free_beside(known) if known else self.memory.free
-            if batch and left + self._half_block + self._headroom > free:
+            if batch and not self._fits(id, left, known):
                 return False
+            self._promised += self._promise(id)
             if known:
                 self.memory.hold(known)
                 self._blocks[id] = known
@@ -245,6 +247,16 @@ class Fast:
         return True
 
     # --------------------------------------------------------------------------------------------- memory
+
+    def _fits(self, id: int, left: int, known: list[int]) -> bool:
+        """Beside others, `left` tokens of it and its answer."""
+        if self._promises:
+            return self._promised + self._promise(id) + self._headroom <= self.memory.total
+        free = self.memory.free_beside(known) if known else self.memory.free
+        return left + self._half_block + self._headroom <= free
+
+    def _promise(self, id: int) -> int:
+        return self._prompt[id] + self._out[id] - 1 + self._half_block
 
     def _known(self, id: int) -> list[int]:
         """The blocks of its prompt that need no computing."""
@@ -289,6 +301,7 @@ class Fast:
             self._blocks[id] = held + self.memory.share(shareable[len(held) :])
 
     def _release(self, id: int, tokens: int) -> None:
+        self._promised -= self._promise(id)
         if self._shares:
             blocks = self._blocks.pop(id, [])
             self.memory.release(blocks)

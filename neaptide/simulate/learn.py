@@ -142,7 +142,8 @@ def traits(about: About, learnt: Traits) -> Traits:
         chunk_tokens=about.chunk_tokens or about.kv_tokens,
         kv_tokens=about.kv_tokens,
         kv_block_tokens=about.kv_block_tokens,
-        headroom=0.0,  # a request is admitted once its whole answer fits
+        headroom=0.0,
+        admit="answer",  # all our engines promise a request its whole answer's memory
         prefix_block_tokens=PREFIX_TOKENS if shares else 0,
     )
 

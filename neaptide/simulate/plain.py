@@ -78,7 +78,7 @@ class Plain(Fast):
                 tokens, pairs, steps, long = 0, 0.0, endless, False
                 batch = len(done)
                 if left or line:
-                    budget = chunk
+                    budget = room = max(0, chunk - batch)
                     while budget:
                         if not left:
                             if not line or batch + len(ready) >= max_batch:
@@ -88,8 +88,8 @@ class Plain(Fast):
                         if left > budget:
                             before = total - left
                             pairs += budget * (before + (budget + 1) / 2)
-                            if budget == chunk:
-                                long, steps = True, (left - 1) // chunk
+                            if budget == room:
+                                long, steps = True, (left - 1) // room
                             else:
                                 left -= budget
                             budget = 0
@@ -98,7 +98,7 @@ class Plain(Fast):
                         ready.append(part)
                         budget -= left
                         left = 0
-                    tokens = chunk - budget
+                    tokens = room - budget
                     if tokens and not long:
                         steps = 1
                 if not batch and not tokens:
