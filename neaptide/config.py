@@ -13,6 +13,7 @@ import os
 import re
 from pathlib import Path
 from typing import Literal, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 import yaml
@@ -31,6 +32,11 @@ models:
 """
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 POOLED = 4  # models in one replica, at most
+FULL_USE = {  # a metric's value at full use, where its exporter fixes it
+    "DCGM_FI_DEV_GPU_UTIL": 100.0,
+    "DCGM_FI_PROF_GR_ENGINE_ACTIVE": 1.0,
+    "npu_chip_info_utilization": 100.0,
+}
 T = TypeVar("T")
 
 
@@ -45,6 +51,19 @@ class RemoteReplica(Part, frozen=True, kw_only=True):
     max_running: int | None = None  # absent = unlimited
 
 
+class GpuSource(Part, frozen=True, kw_only=True):
+    """GPUs that an exporter of Prometheus' text format tells of."""
+
+    url: str  # http://host:9400/metrics
+    metric: str = "DCGM_FI_DEV_GPU_UTIL"  # a gauge with one sample a GPU
+    labels: dict[str, str] = {}  # of the samples that are meant; empty: all
+    full: float | None = None  # the metric's value at full use; None: known by its name
+
+    @property
+    def full_use(self) -> float:
+        return self.full or FULL_USE[self.metric]
+
+
 class ModelSettings(Part, frozen=True, kw_only=True):
     source: str | None = None  # directory, Hugging Face id; None = the built-in model of that name
     engine: Literal["openvino", "echo"] | None = None  # None: openvino; ignored for remote replicas
@@ -52,6 +71,7 @@ class ModelSettings(Part, frozen=True, kw_only=True):
     scale: Scale = Scale()
     slo: Slo = Slo()
     replicas: tuple[RemoteReplica, ...] = ()
+    gpus: tuple[GpuSource, ...] = ()  # that its replicas run on, as far as exporters tell of them
     aliases: tuple[str, ...] = ()
     timeouts: Timeouts = Timeouts()
     max_waiting: int = 1024
@@ -311,6 +331,7 @@ def _check_pools(s: Settings, origin: str, taken: dict[str, str]) -> None:
             pool_of[model] = key
         _check_members(key, pool, s.models)
         _check_scale(pool.scale, f"{key}.scale")
+        _check_told(pool.scale, f"{key}.scale", any(s.models[m].gpus for m in pool.models))
 
 
 def _check_members(key: str, pool: PoolSettings, models: dict[str, ModelSettings]) -> None:
@@ -334,6 +355,9 @@ def _check_members(key: str, pool: PoolSettings, models: dict[str, ModelSettings
 def _resolved(name: str, m: ModelSettings, base: Path) -> ModelSettings:
     key = f"models.{name}"
     _check_scale(m.scale, f"{key}.scale")
+    _check_told(m.scale, f"{key}.scale", bool(m.gpus))
+    for i, exporter in enumerate(m.gpus):
+        _check_gpus(exporter, f"{key}.gpus[{i}]")
     if m.replicas and m.scale.max > m.scale.min:
         raise ConfigError(
             f"{key}.scale: {m.scale.min} to {m.scale.max} replicas, and they are somebody else's",
@@ -384,6 +408,37 @@ def _check_rule(r: Rule, key: str) -> None:
     if r.add == 0 or min(r.for_s, r.cooldown_s) < 0:
         fix = "add: 1 or more, or -1 or less; for_s and cooldown_s: 0 or more"
         raise ConfigError(f"{key}: add {r.add}, for_s {r.for_s:g}, cooldown_s {r.cooldown_s:g}", code="E108", fix=fix)
+
+
+def _check_told(s: Scale, key: str, has_gpus: bool) -> None:
+    if not has_gpus and any(rule.signal == "gpu_usage" for rule in s.rules):
+        fix = "add gpus to the model: gpus: [{url: http://127.0.0.1:9400/metrics}]"
+        raise ConfigError(f"{key}: a rule on gpu_usage, and no exporter tells of it", code="E108", fix=fix)
+
+
+def _check_gpus(g: GpuSource, key: str) -> None:
+    if not _is_plain_url(g.url):
+        fix = "write it as http://host:9400/metrics, without a name and password"
+        raise ConfigError(f"{key}.url: {g.url!r}", code="E108", fix=fix)
+    if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", g.metric):
+        what = f"{key}.metric: {g.metric!r} is no metric's name"
+        raise ConfigError(what, code="E108", fix="a name such as DCGM_FI_DEV_GPU_UTIL")
+    if g.full is None and g.metric not in FULL_USE:
+        fix = f"add full: 100 for a metric in percent, full: 1 for a share; known are {', '.join(FULL_USE)}"
+        raise ConfigError(f"{key}: the value of {g.metric} at full use is not known", code="E108", fix=fix)
+    if g.full is not None and not 0 < g.full < math.inf:
+        raise ConfigError(f"{key}.full: {g.full:g}", code="E108", fix="a number over 0: 100 for percent, 1 for a share")
+
+
+def _is_plain_url(url: str) -> bool:
+    """Whether a request can be made of it as it stands; credentials would be shown wherever settings are."""
+    if not url.isascii() or not re.fullmatch(r"https?://[^/\s?#@]+([/?][^\s#]*)?", url):
+        return False
+    try:
+        at = urlsplit(url)
+        return bool(at.hostname) and at.port != 0
+    except ValueError:  # a port that is none, an IPv6 address that is none
+        return False
 
 
 def span_s(event: Event, key: str = "calendar") -> tuple[float, float]:

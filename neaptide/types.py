@@ -143,7 +143,17 @@ PolicyName = Literal[
     "dynamo-kalman",
     "skyserve",
 ]
-Signal = Literal["arrivals_per_s", "in_flight", "waiting", "oldest_wait_s", "running", "ttft_s", "tpot_s", "kv_usage"]
+Signal = Literal[
+    "arrivals_per_s",
+    "in_flight",
+    "waiting",
+    "oldest_wait_s",
+    "running",
+    "ttft_s",
+    "tpot_s",
+    "kv_usage",
+    "gpu_usage",
+]
 
 
 class Rule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -245,6 +255,7 @@ class Load(Struct, frozen=True, kw_only=True):
     tpot_s: float = float("nan")
     kv_usage: float = float("nan")  # of the fullest replica, 0..1
     served: int = 0  # of those done: ended well
+    gpu_usage: float = float("nan")  # mean of the GPUs that serve it, 0..1
     service_s: float = float("nan")  # mean of those served: how long they held their slot
 
 

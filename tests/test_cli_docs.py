@@ -32,6 +32,7 @@ PLACES: dict[str, type[msgspec.Struct]] = {
     "models.NAME.slo.": Slo,
     "models.NAME.timeouts.": Timeouts,
     "models.NAME.replicas[].": config.RemoteReplica,
+    "models.NAME.gpus[].": config.GpuSource,
     "pools.NAME.": config.PoolSettings,
     "limits.": Limits,
     "cors.": Cors,

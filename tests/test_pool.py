@@ -11,6 +11,7 @@ from neaptide.config import Settings, parse
 from neaptide.control.decide import decide
 from neaptide.control.desired import deployment, difference, grouped, members
 from neaptide.control.signals import Heard, read
+from neaptide.control.traits import Told
 from neaptide.engine import pipe
 from neaptide.engine.core import Ended, Loop
 from neaptide.engine.memory import fit
@@ -129,7 +130,7 @@ def test_arrivals_of_a_pools_models_add_up_and_means_are_weighed_by_what_they_ar
     _, heard = read([word(1.0, a=ModelGauge(), b=ModelGauge(), c=ModelGauge())], Heard(), 1.0, None, pool_of)
     a = ModelGauge(arrivals=4, served=3, held_sum_s=3.0, waiting=1, running=2, oldest_wait_s=0.5)
     b = ModelGauge(arrivals=2, served=1, held_sum_s=5.0, waiting=2, running=1, oldest_wait_s=2.0)
-    loads, _ = read([word(2.0, a=a, b=b, c=ModelGauge(arrivals=9))], heard, 2.0, {"p": 0.7}, pool_of)
+    loads, _ = read([word(2.0, a=a, b=b, c=ModelGauge(arrivals=9))], heard, 2.0, {"p": Told(kv_usage=0.7)}, pool_of)
     assert set(loads) == {"p", "c"}
     both = loads["p"]
     assert (both.arrivals, both.waiting, both.running, both.oldest_wait_s, both.kv_usage) == (6, 3, 3, 2.0, 0.7)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neaptide.control.signals import FORGET_S, Heard, read
+from neaptide.control.traits import Told
 from neaptide.gateway.metrics import ModelMetrics
 from neaptide.table import Gauges, ModelGauge
 from neaptide.types import Usage
@@ -94,7 +95,7 @@ def test_nobody_told_is_nan_and_not_zero() -> None:
     assert math.isnan(load.tpot_s)
     assert math.isnan(load.kv_usage)
     assert math.isnan(load.service_s)
-    assert read([word(11.0)], heard, 11.0, {"m": 0.7})[0]["m"].kv_usage == 0.7
+    assert read([word(11.0)], heard, 11.0, {"m": Told(kv_usage=0.7)})[0]["m"].kv_usage == 0.7
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.booleans()), min_size=1, max_size=30))

@@ -114,6 +114,18 @@ def test_a_latency_holds_through_seconds_in_which_nothing_ended_but_not_for_long
     assert story.tick(20, ttft_s=math.nan) == 3
 
 
+def test_a_rule_on_gpu_use_acts_once_gpus_were_busy_for_long_enough_and_not_while_nobody_tells() -> None:
+    busy = Rule(signal="gpu_usage", above=0.85, for_s=30, add=2, cooldown_s=60)
+    idle = Rule(signal="gpu_usage", below=0.2, for_s=300, add=-1)
+    story = Story(busy, idle)
+    assert story.tick(30, gpu_usage=0.9) == 1
+    assert story.tick(gpu_usage=0.9) == 3
+    story.tick(40, gpu_usage=math.nan)
+    assert story.tick(300, gpu_usage=math.nan) == 3  # an exporter that is away is no idle GPU
+    story.tick(300, gpu_usage=0.1)
+    assert story.tick(gpu_usage=0.1) == 2
+
+
 def test_the_rate_is_a_mean_of_ten_seconds() -> None:
     story = Story(Rule(signal="arrivals_per_s", above=5, cooldown_s=0))
     story.tick(9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -20,10 +21,11 @@ from neaptide.cli import client
 from neaptide.cli.draw import size
 from neaptide.cli.host import free_gib, vector_unit
 from neaptide.clock import wall_s
-from neaptide.config import ModelSettings, Settings, StoreSettings, host_port, load, parse
+from neaptide.config import GpuSource, ModelSettings, Settings, StoreSettings, host_port, load, parse
 from neaptide.control.backup import quick_check
 from neaptide.control.port import Status
 from neaptide.errors import ConfigError, NeaptideError
+from neaptide.fleet.cores import quota as cores_allowed
 from neaptide.fleet.state import StateDir
 
 OPENVINO_S = 60.0  # a cold import from a slow disk
@@ -59,6 +61,7 @@ def checks(state: Path, file: Path | None) -> Iterator[Check]:
         ("clock", _clock),
         ("config", lambda: [parsed]),
         ("models", lambda: _models(settings)),
+        ("gpus", lambda: _gpus(settings)),
         ("state", lambda: _state(directory)),
         ("stale", lambda: _stale(directory)),
         ("ports", lambda: _ports(settings, directory)),
@@ -86,20 +89,11 @@ def _cpu() -> list[Check]:
     text = f"{cores} cores, {units[0] if units else 'no vector unit found'}"
     if not units and platform.machine() in ("x86_64", "AMD64"):
         return [Check("cpu", "warn", text, "int8 models run slowly without AVX2; use another machine for own replicas")]
-    quota = _cpu_quota()
+    quota = cores_allowed()
     if quota is not None and quota < cores:
         fix = "set models.NAME.options.threads to the quota"
         return [Check("cpu", "warn", f"{text}; a cgroup allows {quota:.1f} of them", fix)]
     return [Check("cpu", "ok", text)]
-
-
-def _cpu_quota() -> float | None:
-    """Cores that cgroup v2 allows; None where it does not limit or tell."""
-    try:
-        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else int(limit) / int(period)
 
 
 def _openvino() -> list[Check]:
@@ -209,6 +203,22 @@ def _model(name: str, model: ModelSettings, store: StoreSettings) -> Check:
             "model", "warn", f"{text}; {free:.1f} GiB of memory are free", "convert it to int4, or free memory"
         )
     return Check("model", "ok", text)
+
+
+def _gpus(settings: Settings | None) -> list[Check]:
+    models = settings.models.items() if settings is not None else ()
+    return [_gpu(name, source) for name, model in models for source in model.gpus]
+
+
+def _gpu(model: str, source: GpuSource) -> Check:
+    from neaptide.observe.gpus import read
+
+    try:
+        told = asyncio.run(read(source))
+    except NeaptideError as e:
+        return Check("gpus", "warn", f"{model}: [{e.code}] {e.what}", e.fix)
+    use = ", ".join(f"{share:.0%}" for share in told)
+    return Check("gpus", "ok", f"{model}: GPUs at {use} by {source.url}")
 
 
 def _state(state: StateDir) -> list[Check]:

@@ -71,6 +71,8 @@ def _beneath(r: ScaleRow) -> list[str]:
     """The reason in full, what was set by hand, what a start takes."""
     said = sentence(r.choice, language()) if r.choice else r.sentence
     out = [said] if said else []
+    if r.gpu_usage is not None:
+        out.append(say("scale.gpus", model=r.model, share=f"{r.gpu_usage:.0%}"))
     if r.override is not None:
         out.append(say("scale.held", model=r.model, n=r.override.count, until=moment(r.override.until_wall_s)))
     if r.starts:

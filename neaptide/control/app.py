@@ -27,6 +27,7 @@ from neaptide.control.admin import Front, build_app
 from neaptide.control.books import Books
 from neaptide.control.decisions import DecisionJournal
 from neaptide.control.desired import deployment, difference, grouped, members, redacted, slow_part
+from neaptide.control.gpus import GpuWatch
 from neaptide.control.loop import Loop, in_flight
 from neaptide.control.port import (
     ApplyReport,
@@ -106,6 +107,7 @@ class Control:
             self._gauges,
             self._told,
             self.journal,
+        self.gpus = GpuWatch()
             about=self.scaling.about,
             overrides=self.scaling.overrides,
             currency=self.scaling.currency,
@@ -139,7 +141,8 @@ class Control:
             return
         self._publish()
         keeping = asyncio.create_task(self.books.keep(self.local, self.spec.token))
-        await self._serve_admin((loop, keeping))
+        watching = asyncio.create_task(self.gpus.run())
+        await self._serve_admin((loop, keeping, watching))
 
     async def _serve_admin(self, tasks: tuple[asyncio.Task[None], ...]) -> None:
         front = self._make_front(self) if self._make_front else None
@@ -307,6 +310,7 @@ class Control:
         told = members(self.settings, d, paths, {x.model: x.stable.id for x in self.deployments})
         spec = ReplicaSpec(
             id=launch.replica,
+        self.gpus.configure(settings.models)
             epoch=self.state.next_epoch(),
             model=d.model,
             revision=d.stable.id,

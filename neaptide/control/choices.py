@@ -82,6 +82,6 @@ def _numbers(case: Case, asked: Asked | None) -> dict[str, float]:
     if load is not None:
         if load.tick_s > 0:
             numbers["arrivals_per_s"] = load.arrivals / load.tick_s
-        for name in ("waiting", "running", "oldest_wait_s", "ttft_s", "tpot_s", "kv_usage", "age_s"):
+        for name in ("waiting", "running", "oldest_wait_s", "ttft_s", "tpot_s", "kv_usage", "gpu_usage", "age_s"):
             numbers[name] = float(getattr(load, name))
     return {k: round(v, 6) for k, v in numbers.items() if math.isfinite(v)}

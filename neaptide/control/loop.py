@@ -107,7 +107,7 @@ class Loop:
         ]
         deployments, now_s = tuple(self._deployments()), mono_s()
         pool_of = {model: d.model for d in deployments for model in d.members}
-        loads, heard = read(gauges, self._heard, now_s, {m: a.kv_usage for m, a in about.items()}, pool_of)
+        loads, heard = read(gauges, self._heard, now_s, about, pool_of)
         on_beat = now_s - self._heard.at_s >= BEAT_S * TICK_S
         self._heard = heard if on_beat else self._heard
         self.learnt = learn(self.learnt, deployments, replicas, loads if on_beat else {}, about, now_s)

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from neaptide.clock import wall_s
 from neaptide.control import keep
 from neaptide.control.admin import AdminError
@@ -63,12 +65,14 @@ class Scaling:
     # -- what the loop asks --------------------------------------------------------------------------------------
 
     def about(self) -> dict[str, Told]:
-        """What each model's replicas say of themselves."""
+        """What each model's replicas say of themselves, and exporters of their GPUs."""
         told: dict[str, list[str]] = {}
         for id, row in self._control.local.rows().items():
             told.setdefault(row.model, []).append(id)
         remote = {r.model: Told(slots=r.max_running) for r in self._control.static.rows().values() if r.max_running}
-        return remote | {model: self._told(ids) for model, ids in told.items()}
+        said = remote | {model: self._told(ids) for model, ids in told.items()}
+        usage = {d.model: self._control.gpus.usage(d.models) for d in self._control.units}
+        return {m: replace(said.get(m, Told()), gpu_usage=usage.get(m, math.nan)) for m in said.keys() | usage.keys()}
 
     def _told(self, ids: list[str]) -> Told:
         about = {id: self._control.local.about(id) for id in ids}
@@ -161,7 +165,7 @@ class Scaling:
         learnt, choice, load = c.loop.learnt.models.get(d.model, Learnt()), self._choice(d.model), self._load(d.model)
         traits = c.loop.snapshot.traits.get(d.model, Traits()) if c.loop.snapshot else Traits()
         price, wanted = d.scale.price_per_hour, c.loop.carry.wanted.get(d.model, d.scale.min)
-        remote = not d.stable.engine
+        remote, gpu_usage = not d.stable.engine, c.gpus.usage(d.models)
         return ScaleRow(
             model=d.model,
             members=d.members,
@@ -185,6 +189,7 @@ class Scaling:
             choice=choice,
             standby=standby,
             cost_per_hour=round((ready + starting) * price + rent_per_hour(d.scale, standby), 9) if price else None,
+            gpu_usage=None if math.isnan(gpu_usage) else gpu_usage,
         )
 
     def choices(self, model: str, limit: int) -> Choices:

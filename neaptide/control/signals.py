@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from neaptide.control.traits import Told
 from neaptide.table import Gauges, ModelGauge
 from neaptide.types import Load
 
@@ -20,6 +21,7 @@ COUNTERS = (
     "held_sum_s",
 )  # fmt: skip
 NAN = float("nan")
+UNTOLD = Told()
 
 
 class Heard(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,11 +60,11 @@ def read(
     words: Sequence[Gauges],
     heard: Heard,
     now_s: float,
-    kv_usage: Mapping[str, float] | None = None,
+    about: Mapping[str, Told] | None = None,
     pool_of: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Load], Heard]:
-    """The Loads since `heard`, and what to remember if they are taken for a tick's. `kv_usage`: by model, where told.
-    `pool_of`: models that are counted together, under their pool's name.
+    """The Loads since `heard`, and what to remember if they are taken for a tick's. `about`: what replicas and GPUs
+    tell, by model or pool. `pool_of`: models that are counted together, under their pool's name.
 
     The oldest word of any gateway that is, or was lately, connected is what the Loads' `age_s` says.
     """
@@ -78,11 +80,11 @@ def read(
             mine.level(gauge)
             if before is not None:
                 mine.count(gauge, before.models.get(model, ModelGauge()))
-    loads = {m: _load(s, tick_s, max(0.0, age_s), (kv_usage or {}).get(m, NAN)) for m, s in sums.items()}
+    loads = {m: _load(s, tick_s, max(0.0, age_s), (about or {}).get(m, UNTOLD)) for m, s in sums.items()}
     return loads, Heard(at_s=now_s, gateways=gateways)
 
 
-def _load(s: Sums, tick_s: float, age_s: float, kv_usage: float) -> Load:
+def _load(s: Sums, tick_s: float, age_s: float, about: Told) -> Load:
     counts = {name: int(s.counts[name]) for name in ("arrivals", "done", "errors", "late", "tokens", "served")}
     return Load(
         tick_s=tick_s,
@@ -92,7 +94,8 @@ def _load(s: Sums, tick_s: float, age_s: float, kv_usage: float) -> Load:
         oldest_wait_s=s.oldest_wait_s,
         ttft_s=s.mean("ttft_sum_s", "firsts"),
         tpot_s=s.mean("tpot_sum_s", "paced"),
-        kv_usage=kv_usage,
+        kv_usage=about.kv_usage,
+        gpu_usage=about.gpu_usage,
         service_s=s.mean("held_sum_s", "served"),
         **counts,
     )

@@ -30,6 +30,7 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
     slots: int | None = None  # None: nobody says
     steps: Steps = Steps()
     kv_usage: float = float("nan")  # of the fullest
+    gpu_usage: float = float("nan")  # mean of the GPUs that exporters tell of
     stages: dict[str, dict[str, float]] = {}  # seconds of each stage of the start, by replica
 
 
