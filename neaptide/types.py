@@ -234,6 +234,7 @@ class Replica(Noun, frozen=True, kw_only=True):
     running: int = 0
     waiting: int = 0
     free_kv_tokens: int | None = None
+    queued: bool = False  # starting, and in line for it: its process is not there yet
     restarts: int = 0
     error: str = ""
 

@@ -82,7 +82,7 @@ async def supervised(tmp_path: Path) -> AsyncIterator[tuple[StateDir, Supervisor
 
 
 @asynccontextmanager
-async def driver(state: StateDir) -> AsyncIterator[LocalDriver]:
+async def driver(state: StateDir, at_once: int = 8) -> AsyncIterator[LocalDriver]:
     def spec(launch: Launch, deployment: Deployment) -> ReplicaSpec:
         return ReplicaSpec(
             id=launch.replica,
@@ -104,7 +104,7 @@ async def driver(state: StateDir) -> AsyncIterator[LocalDriver]:
 
     client = Client(event, lambda: None)
     await client.connect(state.supervisor_sock)
-    one = LocalDriver(client, state, "boot", spec, lambda: None)
+    one = LocalDriver(client, state, "boot", spec, lambda: None, at_once)
     await one.adopt()
     try:
         yield one

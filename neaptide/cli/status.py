@@ -78,7 +78,8 @@ def _replica(r: ReplicaStatus) -> list[str]:
     if r.free_kv_tokens is not None and r.kv_tokens:
         kv = f"{count(r.free_kv_tokens)} ({r.free_kv_tokens / r.kv_tokens:.0%})"
     stages = " · ".join(f"{stage.name.removesuffix('_s')} {span(stage.seconds)}" for stage in r.stages) or "-"
-    return [r.id, r.state, count(r.epoch), count(r.running), count(r.waiting), kv, count(r.restarts), stages, r.error]
+    note = say("status.queued") if r.queued else r.error
+    return [r.id, r.state, count(r.epoch), count(r.running), count(r.waiting), kv, count(r.restarts), stages, note]
 
 
 def _gateways(s: Status) -> None:

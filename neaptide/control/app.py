@@ -55,6 +55,8 @@ from neaptide.control.prime import Priming
 from neaptide.control.publish import Gateway, Publisher
 from neaptide.control.scaling import Scaling, check
 from neaptide.errors import ConfigError, NeaptideError
+from neaptide.fleet import cores
+from neaptide.fleet.line import starts_at_once
 from neaptide.fleet.local import LocalDriver
 from neaptide.fleet.process import ChildStatus
 from neaptide.fleet.rpc import Client
@@ -96,7 +98,14 @@ class Control:
         self._event_loop = asyncio.get_running_loop()
         self.supervisor = Client(self._event, self._orphaned)
         self.publisher = Publisher(spec.token, self._on_gauges)
-        self.local = LocalDriver(self.supervisor, self.state, spec.token, self._replica_spec, self._nudge)
+        self.local = LocalDriver(
+            self.supervisor,
+            self.state,
+            spec.token,
+            self._replica_spec,
+            self._nudge,
+            at_once=starts_at_once(cores.usable()),
+        )
         self.static = StaticDriver({}, {})
         self.priming = Priming(self.local.http_path, spec.token)
         self.journal = DecisionJournal(self.state.log / "decisions.jsonl")

@@ -78,7 +78,7 @@ def _never_ready(snapshot: Snapshot, carry: Carry) -> set[str]:
         d.model: max(STUCK_S, STUCK_STARTS * snapshot.traits.get(d.model, Traits()).cold_start_s)
         for d in snapshot.deployments
     }
-    starting = (r for r in snapshot.replicas if r.state == "starting" and r.deployment in limits_s)
+    starting = (r for r in snapshot.replicas if r.state == "starting" and not r.queued and r.deployment in limits_s)
     return {
         r.id
         for r in starting
@@ -127,7 +127,7 @@ def _step(
         said = choice(case, asked, up, down, wait, len(standing), rest, snapshot)
     never = [reason("stuck", of=id) for id in sorted(stuck)]
     all_why = [*never, *why, *why_drain, *rest.why]
-    let_go = len(ending) + len(rest.drains)
+    let_go = sum(not r.queued for r in ending) + len(rest.drains)
     return Step(launches, [*sorted(stuck), *drains, *rest.drains], all_why, sorted(stuck), let_go, rest, said)
 
 
@@ -217,8 +217,10 @@ def _drains(
     revision = deployment.stable.id
     ready = [r for r in mine if r.revision == revision and r.state == "ready"]
     old = [r for r in mine if r.revision != revision and r.state in ("starting", "ready")]
-    out: list[str] = []
-    why: list[Reason] = []
+    unbegun = [r for r in old if r.queued]
+    old = [r for r in old if not r.queued]
+    out = [r.id for r in unbegun]
+    why = [reason("unbegun", of=r.id, revision=revision) for r in unbegun]
     if len(ready) >= want:
         out += [r.id for r in old]
         why += [reason("replaced", of=r.id, revision=revision, want=want) for r in old]
@@ -230,5 +232,6 @@ def _drains(
 
 
 def _least_busy_first(replicas: list[Replica]) -> list[Replica]:
-    """Starting ones, then idle ones, then the youngest: a busy replica never goes while an idle one could."""
-    return sorted(replicas, key=lambda r: (r.state == "ready", r.running + r.waiting, -r.started_s))
+    """Those in line to start, starting ones, then idle ones, then the youngest: a busy replica never goes while an idle
+    one could."""
+    return sorted(replicas, key=lambda r: (not r.queued, r.state == "ready", r.running + r.waiting, -r.started_s))

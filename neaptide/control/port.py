@@ -57,6 +57,7 @@ class ReplicaStatus(Answer, frozen=True):
     deployment: str
     revision: str
     state: ReplicaState
+    queued: bool = False  # starting, and in line for it: the host starts others first
     endpoint: str = ""
     remote: bool = False  # somebody else runs it
     epoch: int = 0

@@ -72,7 +72,8 @@ def learn(
     for r in fleet:
         key = f"{r.id}/{r.epoch}"
         known = memory.watched.get(key)
-        measured = r.state == "standby" or (now_s - r.started_s > SEEN_EARLY_S if known is None else known)
+        early = r.queued or now_s - r.started_s <= SEEN_EARLY_S
+        measured = r.state == "standby" or (not early if known is None else known)
         if not measured and r.state == "ready" and r.deployment in models:
             stages = told.get(r.deployment, Told()).stages.get(r.id, {})
             models[r.deployment] = _start(models[r.deployment], now_s - r.started_s, stages)

@@ -169,7 +169,7 @@ class ControlSource:
         return ReplicaLine(
             id=replica.id,
             model=replica.deployment,
-            state=replica.state,
+            state="queued" if replica.queued else replica.state,
             running=replica.running,
             slots=slots,
             started_wall_s=wall_s() - (now_s - replica.started_s) if replica.started_s else 0.0,

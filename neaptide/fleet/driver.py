@@ -17,11 +17,12 @@ class Driver(Protocol):
         """Every replica that exists or died since it was last forgotten. Cheap: called every tick."""
 
     async def launch(self, launch: Launch, deployment: Deployment) -> None:
-        """Start a replica; one of that id that runs already is left alone. Returns once it is on its way."""
+        """Start a replica; one of that id that exists already is left alone. Returns once it is on its way, or in line
+        to be: a `starting` replica that observe tells as `queued`."""
 
     async def drain(self, id: str) -> None:
         """Let it finish what runs, for as long as its deployment's `drain_s`, and end; unknown ids are ignored. Returns
-        at once."""
+        at once. A queued one is gone with it."""
 
     async def park(self, id: str) -> None:
         """A ready replica stands by from now on: it finishes what runs and is given no requests. Any other is left

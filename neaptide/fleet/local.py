@@ -1,5 +1,7 @@
 """Replicas on this host: processes that the supervisor starts for us, watched over their Unix sockets.
 
+So many start at once as the host has cores for; the others wait in line.
+
 After a restart of control the running ones are adopted again by what the supervisor lists (id, epoch, and the facts
 kept with them), so that no stream notices.
 """
@@ -17,6 +19,7 @@ import msgspec
 
 from neaptide.clock import mono_s
 from neaptide.errors import NeaptideError
+from neaptide.fleet.line import TURN_S, next_in_line
 from neaptide.fleet.probe import get
 from neaptide.fleet.process import ChildSpec, ChildStatus
 from neaptide.fleet.rpc import Client
@@ -59,10 +62,10 @@ class About(msgspec.Struct):
 
 
 class Watched:
-    """One replica process as this driver knows it."""
+    """One replica as this driver knows it: a process, or in line to become one with this `spec`."""
 
-    def __init__(self, status: ChildStatus) -> None:
-        self.status = status
+    def __init__(self, status: ChildStatus, spec: ReplicaSpec | None = None) -> None:
+        self.status, self.spec = status, spec
         self.state: ReplicaState = "standby" if status.opaque.get(PARKED) else "starting"
         self.ready_s = 0.0  # from process start to ready
         self.about = About()
@@ -74,17 +77,36 @@ class Watched:
     def id(self) -> str:
         return self.status.id
 
+    @property
+    def deployment(self) -> str:
+        return self.status.opaque.get("deployment", "")
+
+    @property
+    def queued(self) -> bool:
+        return self.spec is not None
+
+    @property
+    def started_s(self) -> float:
+        return self.status.started_mono_s
+
 
 class LocalDriver:
-    """`make_spec` builds a replica's document; `on_change` is called when a replica became ready or died."""
+    """`make_spec` builds a replica's document; `on_change` is called when a replica became ready or died; `at_once`
+    starts are under way at most."""
 
     def __init__(
-        self, supervisor: Client, state: StateDir, token: str, make_spec: MakeSpec, on_change: Callable[[], None]
+        self,
+        supervisor: Client,
+        state: StateDir,
+        token: str,
+        make_spec: MakeSpec,
+        on_change: Callable[[], None],
+        at_once: int,
     ) -> None:
         self._supervisor, self._state, self._token = supervisor, state, token
-        self._make_spec, self._on_change = make_spec, on_change
-        self._watched: dict[str, Watched] = {}
-        self._ends: set[asyncio.Task[object]] = set()
+        self._make_spec, self._on_change, self._at_once = make_spec, on_change, at_once
+        self._watched: dict[str, Watched] = {}  # in the order in which they were launched
+        self._tasks: set[asyncio.Task[object]] = set()
         self._spares: dict[str, ChildStatus] = {}  # oldest first
         self._spares_from_s = 0.0  # none is started before (monotonic)
 
@@ -93,7 +115,8 @@ class LocalDriver:
         listed = msgspec.json.decode(await self._supervisor.call("list"), type=list[ChildStatus])
         for status in listed:
             if status.kind == "replica":
-                self._watch(Watched(status))
+                watched = self._watched[status.id] = Watched(status)
+                self._probe(watched)
             elif status.kind == "spare":
                 self._spares[status.id] = status
 
@@ -109,12 +132,7 @@ class LocalDriver:
             return
         if watched.probe is not None:
             watched.probe.cancel()
-        if watched.state == "draining":
-            del self._watched[status.id]
-        else:
-            watched.state = "dead"
-            watched.error = self._last_words(status)
-        self._on_change()
+        self._ended(watched, self._last_words(status))
 
     async def observe(self) -> Sequence[Replica]:
         return [self._replica(w) for w in self._watched.values()]
@@ -123,28 +141,28 @@ class LocalDriver:
         if launch.replica in self._watched:
             return
         spec = self._make_spec(launch, deployment)
-        self._remove_sockets(launch.replica)
-        child = ChildSpec(
+        status = ChildStatus(
             kind="replica",
             id=spec.id,
             epoch=spec.epoch,
-            module=MODULE,
-            document=msgspec.Raw(msgspec.json.encode(spec)),
-            spare=self._spare_for(spec),
+            pid=0,
+            started_mono_s=0.0,
+            started_wall_s=0.0,
             opaque=_facts(spec),
         )
-        answer = await self._supervisor.call("spawn", child)
-        self._watch(Watched(msgspec.json.decode(answer, type=ChildStatus)))
+        self._watched[spec.id] = Watched(status, spec)
+        await self._start_next()
 
     async def drain(self, id: str) -> None:
         watched = self._watched.get(id)
         if watched is None or watched.state == "draining":
             return
-        if watched.state == "dead":
+        if watched.state == "dead" or watched.queued:
             del self._watched[id]
             return
         watched.state = "draining"
         self._later(self._stop(watched))
+        self._later(self._start_next())  # it may have been starting
 
     async def park(self, id: str) -> None:
         """The fact goes before the state: a control that dies between leaves a standby to its successor."""
@@ -184,7 +202,7 @@ class LocalDriver:
         return [w for w in self._watched.values() if w.state == "ready"]
 
     def pids(self) -> dict[str, int]:
-        return {w.id: w.status.pid for w in self._watched.values() if w.state != "dead"}
+        return {w.id: w.status.pid for w in self._watched.values() if w.state != "dead" and w.status.pid}
 
     def http_path(self, id: str) -> Path:
         return self._state.run / f"{id}.http"
@@ -193,16 +211,54 @@ class LocalDriver:
         return self._state.run / f"{id}.link"
 
     async def close(self) -> None:
-        """Stop watching; the processes stay (the supervisor is their parent)."""
+        """Stop watching; the processes stay (the supervisor is their parent), and the line is forgotten."""
+        self._watched = {w.id: w for w in self._watched.values() if not w.queued}
         for watched in self._watched.values():
             if watched.probe is not None:
                 watched.probe.cancel()
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _watch(self, watched: Watched) -> None:
-        self._watched[watched.id] = watched
-        watched.probe = asyncio.create_task(self._keep_probing(watched))
+    async def _start_next(self) -> None:
+        """Start those whose turn it is. Again whenever a place may be free: a start has ended or had its turn."""
+        while (w := next_in_line(self._watched.values(), self._at_once, mono_s())) and w.spec is not None:
+            await self._start(w, w.spec)
+
+    async def _start(self, w: Watched, spec: ReplicaSpec) -> None:
+        """From here on it holds a place. One that cannot be started has died."""
+        w.spec, w.status = None, msgspec.structs.replace(w.status, started_mono_s=mono_s())
+        asyncio.get_running_loop().call_later(TURN_S, lambda: self._later(self._start_next()))
+        self._remove_sockets(w.id)
+        child = ChildSpec(
+            kind="replica",
+            id=w.id,
+            epoch=w.status.epoch,
+            module=MODULE,
+            document=msgspec.Raw(msgspec.json.encode(spec)),
+            spare=self._spare_for(spec),
+            opaque=w.status.opaque,
+        )
+        try:
+            w.status = msgspec.json.decode(await self._supervisor.call("spawn", child), type=ChildStatus)
+        except NeaptideError as e:
+            self._ended(w, str(e))
+        else:
+            self._probe(w)
+
+    def _ended(self, w: Watched, error: str) -> None:
+        """Dead, or gone if it was to go. What waits in line behind a start that died would die as well: that leaves the
+        line, and whether to try again is control's to decide."""
+        gone = [w.id] if w.state == "draining" else []
+        if w.state == "starting":
+            gone = [x.id for x in self._watched.values() if x.queued and x.deployment == w.deployment]
+        for id in gone:
+            del self._watched[id]
+        w.state, w.error = "dead", error
+        self._later(self._start_next())
+        self._on_change()
+
+    def _probe(self, w: Watched) -> None:
+        w.probe = asyncio.create_task(self._keep_probing(w))
 
     async def _keep_probing(self, w: Watched) -> None:
         path = self.http_path(w.id)
@@ -223,6 +279,7 @@ class LocalDriver:
         w.ready_s = mono_s() - w.status.started_mono_s
         await self._ask_about(w, path)
         w.state = "ready"
+        self._later(self._start_next())
         self._on_change()
 
     async def _ask_about(self, w: Watched, path: Path) -> None:
@@ -232,10 +289,10 @@ class LocalDriver:
             with contextlib.suppress(ValueError):
                 w.about = msgspec.json.decode(body, type=About)
 
-    def _later(self, ending: Coroutine[Any, Any, object]) -> None:
-        task = asyncio.create_task(ending)
-        self._ends.add(task)
-        task.add_done_callback(self._ends.discard)
+    def _later(self, work: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _start_spare(self, engine: str) -> None:
         """Where it fails, or one of that id is about to end, the next tick tries again."""
@@ -279,7 +336,7 @@ class LocalDriver:
     def _row(self, w: Watched) -> ReplicaRow:
         return ReplicaRow(
             id=w.id,
-            model=w.status.opaque.get("deployment", ""),
+            model=w.deployment,
             endpoint=f"link:{self.link_path(w.id)}",
             revision=w.status.opaque.get("revision", ""),
             epoch=w.status.epoch,
@@ -291,12 +348,13 @@ class LocalDriver:
     def _replica(self, w: Watched) -> Replica:
         return Replica(
             id=w.id,
-            deployment=w.status.opaque.get("deployment", ""),
+            deployment=w.deployment,
             revision=w.status.opaque.get("revision", ""),
             state=w.state,
             endpoint=f"link:{self.link_path(w.id)}",
             epoch=w.status.epoch,
-            started_s=w.status.started_mono_s,
+            started_s=w.started_s,
+            queued=w.queued,
             parked_s=float(w.status.opaque.get(PARKED, 0.0)),
             running=w.about.load.running if w.about.load else 0,
             waiting=w.about.load.waiting if w.about.load else 0,
