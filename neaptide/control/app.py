@@ -107,6 +107,7 @@ class Control:
             at_once=starts_at_once(cores.usable()),
         )
         self.static = StaticDriver({}, {})
+        self.gpus = GpuWatch()
         self.priming = Priming(self.local.http_path, spec.token)
         self.journal = DecisionJournal(self.state.log / "decisions.jsonl")
         self.scaling = Scaling(self)
@@ -116,7 +117,6 @@ class Control:
             self._gauges,
             self._told,
             self.journal,
-        self.gpus = GpuWatch()
             about=self.scaling.about,
             overrides=self.scaling.overrides,
             currency=self.scaling.currency,
@@ -310,6 +310,7 @@ class Control:
         now = int(wall_s())
         self.created_s = {d.model: self.created_s.get(d.model, now) for d in self.deployments}
         self.failing = {k: v for k, v in self.failing.items() if k in settings.models}
+        self.gpus.configure(settings.models)
         self.static.configure(settings.models, {d.model: d.stable.id for d in self.deployments})
         self.books.configure(settings)
 
@@ -319,7 +320,6 @@ class Control:
         told = members(self.settings, d, paths, {x.model: x.stable.id for x in self.deployments})
         spec = ReplicaSpec(
             id=launch.replica,
-        self.gpus.configure(settings.models)
             epoch=self.state.next_epoch(),
             model=d.model,
             revision=d.stable.id,

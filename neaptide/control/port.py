@@ -215,8 +215,8 @@ class ScaleRow(Answer, frozen=True):
     choice: Choice | None = None  # the same as facts
     standby: int = 0  # replicas that are loaded and given no requests
     cost_per_hour: float | None = None  # of what is there; None: no price is known
-
     gpu_usage: float | None = None  # mean of its GPUs, 0..1; None: nobody tells
+
 
 class Scales(Answer, frozen=True):
     currency: str
