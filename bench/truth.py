@@ -1,6 +1,7 @@
 """Is the simulator true? Real guide replicas behind the real gateway, against the simulator fitted to their step log.
 
-    .venv/bin/python -m bench.truth [--minutes 10] [--loads 0.3,0.6,0.85] [--runs 3] [--replicas 1]
+    .venv/bin/python -m bench.truth [--minutes 10] [--loads 0.3,0.6,0.85] [--runs 3] [--replicas 1] [--keep DIR]
+    .venv/bin/python -m bench.truth --from DIR      # the same runs against the simulator as it is now; serves nothing
 
 The Azure conversation trace, its first arrival at 0, thinned to each load: a share of what the fit says the replicas
 serve. Prompts are random token ids, lengths the trace's (clipped to the guide's context), answers forced to them. An
@@ -13,6 +14,8 @@ the median of measured less simulated. No run that is predicted takes part in ei
 
 The simulator's exact tier then gets the arrivals as they were sent, and their lengths. Goals: p50 and p90 of TTFT and
 TPOT within 10 %, p99 within 20 %; of each, the median of the runs counts and the worst is told (docs/decisions/0033).
+Of each run it is also told where the error comes from (bench/diagnosis.py), and what it would have been with the step
+times of the run itself, which is no prediction: what is left then is the schedule's.
 """
 
 from __future__ import annotations
@@ -22,41 +25,26 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
-from bench import kit, trace
+from bench import diagnosis, kit, trace
+from bench.prediction import Fitted, compared, fitted, judged
+from bench.recorded import About, Folder, Run, answered
+from neaptide.clock import wall_s
 from neaptide.models import directory
-from neaptide.simulate import learn
 from neaptide.simulate.arrivals import Requests
-from neaptide.simulate.engine import Traits
 from neaptide.simulate.formats import read
-from neaptide.simulate.replay import replay
-from neaptide.simulate.settings import Setup, capacity
 
 GUIDE = kit.ROOT / "neaptide" / "models" / "guide"
 AZURE = kit.ROOT / "examples" / "data" / "azure_llm_2023_conv.parquet"
 ROLES = ("gateway", "replica", "engine", "control")
-GOALS = {0.5: 0.10, 0.9: 0.10, 0.99: 0.20}  # relative error of each quantile
 REST_S = 180.0  # after a run's last arrival
-APART_S = 1000.0  # between requests that are simulated alone
 CALIBRATION_SEED = 1 << 20  # no run's
-
-
-class Sent(NamedTuple):
-    """What the client saw of the requests that were answered, arrays [requests] in the order of sending."""
-
-    t_s: NDArray[np.float64]
-    ttft_s: NDArray[np.float64]
-    tpot_s: NDArray[np.float64]  # NaN of a single token
-    in_tokens: NDArray[np.int64]
-    out_tokens: NDArray[np.int64]
-    told: dict[str, Any]  # errors, lag, CPU seconds
 
 
 def config(replicas: int) -> str:
@@ -67,8 +55,41 @@ def config(replicas: int) -> str:
     return json.dumps({"models": {"guide": {"options": options, "scale": scale, "prefix_cache": "off"}}})
 
 
-def sent(server: kit.Up, plan: dict[str, Any], limit_s: float) -> Sent:
-    """The plan's requests, by a client process pinned where the gateway is."""
+# ------------------------------------------------------------------------------------------------ the service
+
+
+class Service:
+    """Real replicas that runs are made on; each is kept in the folder."""
+
+    def __init__(self, server: kit.Up, folder: Folder, model: trace.Model, whole: trace.Asked) -> None:
+        kit.pin(server.group("supervisor", "control", "gateway"), kit.LOAD_CORE)
+        self._server, self._folder, self._model, self._whole = server, folder, model, whole
+
+    def calibrate(self, levels: Sequence[int], seconds: float) -> None:
+        for level in levels:
+            at_once, seed = level * self._folder.about.replicas, CALIBRATION_SEED + level
+            asked = trace.some(self._whole, 64 + 40 * at_once, seed)
+            plan = trace.plan(asked, self._model, seed, at_once=at_once, seconds=seconds)
+            self._kept(plan, seconds + REST_S, seed=seed, level=level)
+            print(f"calibrated, {at_once} in flight", flush=True)
+
+    def runs(self, loads: Sequence[float], seeds: int, capacity_rps: float) -> Iterator[Run]:
+        span_s = 60 * self._folder.about.minutes
+        for load in loads:
+            for seed in range(seeds):
+                asked = trace.stretch(self._whole, span_s, load * capacity_rps, seed)
+                plan = trace.plan(asked, self._model, seed)
+                yield self._kept(plan, span_s + REST_S, seed=seed, load=load, rps=load * capacity_rps)
+
+    def _kept(self, plan: dict[str, Any], limit_s: float, **about: Any) -> Run:
+        since_s = wall_s()
+        run = Run(told=sent(self._server, plan, limit_s), **about)
+        self._folder.keep(run, self._server.state / "log", since_s)
+        return run
+
+
+def sent(server: kit.Up, plan: dict[str, Any], limit_s: float) -> dict[str, Any]:
+    """What bench.openloop tells of the plan's requests, pinned where the gateway is; and CPU seconds by role."""
     watched = {role: server.group(role) for role in ROLES}
     before = {role: kit.cpu_s(pids) for role, pids in watched.items()}
     with tempfile.TemporaryDirectory(prefix="bench-truth-") as scratch:
@@ -85,123 +106,37 @@ def sent(server: kit.Up, plan: dict[str, Any], limit_s: float) -> Sent:
                 raise kit.BenchError(f"the answers did not end within {limit_s:.0f} s; lower the load") from None
         if client.returncode:
             raise kit.BenchError(f"bench.openloop ended with exit code {client.returncode}")
-        told = json.loads(out.read_text())
+        told: dict[str, Any] = json.loads(out.read_text())
     told["cpu_s"] = {role: kit.cpu_s(pids) - before[role] for role, pids in watched.items()} | {"client": told["cpu_s"]}
-    return answered(told)
-
-
-def answered(told: dict[str, Any]) -> Sent:
-    """BenchError where more than one in a hundred requests failed: what is left would be another experiment."""
-    rows = told.pop("rows")
-    good = sorted((row for row in rows if not row[6]), key=lambda row: row[1])
-    told["requests"], told["failed"] = len(rows), len(rows) - len(good)
-    if told["failed"] > len(rows) / 100 or not good:
-        raise kit.BenchError(f"{told['failed']} of {len(rows)} requests failed: {[r[6] for r in rows if r[6]][:1]}")
-    _, sent_s, first_s, end_s, prompt, out, _ = (np.array(column) for column in zip(*good))
-    sent_s, first_s, end_s = (column.astype(np.float64) for column in (sent_s, first_s, end_s))
-    tpot_s = np.where(out > 1, (end_s - first_s) / np.maximum(out - 1, 1), np.nan)
-    return Sent(sent_s, first_s - sent_s, tpot_s, prompt.astype(np.int64), out.astype(np.int64), told)
-
-
-# ------------------------------------------------------------------------------------------------ the simulator
-
-
-class Fitted(NamedTuple):
-    setup: Setup
-    overhead_s: float  # added to a first token by what is not simulated
-    capacity_rps: float  # of all replicas
-    told: dict[str, Any]
-
-
-def calibrate(server: kit.Up, model: trace.Model, whole: trace.Asked, args: argparse.Namespace) -> Fitted:
-    alone: Sent | None = None
-    for level in args.levels:
-        at_once = level * args.replicas
-        asked = trace.some(whole, 64 + 40 * at_once, CALIBRATION_SEED + level)
-        plan = trace.plan(asked, model, CALIBRATION_SEED + level, at_once=at_once, seconds=args.calibrate_s)
-        found = sent(server, plan, args.calibrate_s + REST_S)
-        alone = found if level == min(args.levels) else alone
-        print(f"calibrating, {at_once} in flight: {found.told['requests']} requests", flush=True)
-    assert alone is not None
-    logs = sorted((server.state / "log").glob("guide-*.steps.jsonl"))
-    traits, learnt = learn.engine(logs, args.form)
-    assert learnt is not None
-    setup = Setup(engine=traits, replicas=args.replicas)
-    rps = args.replicas * capacity(setup, float(whole.in_tokens.mean()), float(whole.out_tokens.mean())).rps
-    overhead_s = float(np.median(alone.ttft_s - first_tokens(traits, alone)))
-    told: dict[str, Any] = {
-        "form": learnt.form,
-        "steps": learnt.steps,
-        "stalls": learnt.stalls,
-        "stalled_s": learnt.stalled_s,
-    }
-    told |= {"linear": learnt.linear._asdict(), "grid": learnt.grid._asdict()}
-    told |= {"overhead_s": overhead_s, "capacity_rps": rps, "engine": msgspec.to_builtins(traits)}
-    return Fitted(setup, overhead_s, rps, told)
-
-
-def first_tokens(traits: Traits, asked: Sent) -> NDArray[np.float64]:
-    """Simulated TTFT of each request with nobody beside it."""
-    t_s = np.arange(len(asked.t_s)) * APART_S
-    alone = Requests(t_s=t_s, in_tokens=asked.in_tokens, out_tokens=np.ones_like(asked.out_tokens))
-    return replay(alone, Setup(engine=traits, replicas=1), tier="exact").ttft_s
-
-
-def compared(fitted: Fitted, real: Sent) -> dict[str, Any]:
-    """Quantiles of both sides and the simulated ones' relative errors, by name: p50_ttft_s ..."""
-    arrivals = Requests(t_s=real.t_s, in_tokens=real.in_tokens, out_tokens=real.out_tokens)
-    served = replay(arrivals, fitted.setup, tier="exact")
-    sides = {
-        "real": {"ttft_s": real.ttft_s, "tpot_s": real.tpot_s},
-        "simulated": {"ttft_s": served.ttft_s + fitted.overhead_s, "tpot_s": served.tpot_s},
-    }
-    found: dict[str, Any] = {
-        side: {f"p{100 * q:g}_{what}": float(np.nanquantile(x, q)) for what, x in values.items() for q in GOALS}
-        for side, values in sides.items()
-    }
-    found["error"] = {name: found["simulated"][name] / value - 1 for name, value in found["real"].items()}
-    return found
-
-
-def judged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Over the runs of a load: each quantile's error, as the median and as the worst of the runs; was the goal met?"""
-    found: dict[str, Any] = {}
-    for q, goal in GOALS.items():
-        for what in ("ttft_s", "tpot_s"):
-            name = f"p{100 * q:g}_{what}"
-            errors = [run["error"][name] for run in runs]
-            median = kit.median(errors)
-            found[name] = {
-                "median_error": median, "worst_error": max(errors, key=abs), "goal": goal, "met": abs(median) <= goal,
-            }  # fmt: skip
-    return found
+    return told
 
 
 # ------------------------------------------------------------------------------------------------ the experiment
 
 
-def measure(server: kit.Up, args: argparse.Namespace) -> dict[str, Any]:
-    kit.pin(server.group("supervisor", "control", "gateway"), kit.LOAD_CORE)
-    files = directory.read(GUIDE)
-    model = trace.Model("guide", min(args.context, files.context_tokens), files.vocab_size)
-    recorded = read(args.arrivals)
-    if not isinstance(recorded, Requests):
-        raise kit.BenchError(f"{args.arrivals} has rates; single requests are needed")
-    whole = trace.fitted(recorded, model)
-    fitted = calibrate(server, model, whole, args)
-    print(json.dumps(fitted.told), flush=True)
-    loads = []
-    for load in args.loads:
-        rps = load * fitted.capacity_rps
-        runs = []
-        for seed in range(args.runs):
-            asked = trace.stretch(whole, 60 * args.minutes, rps, seed)
-            real = sent(server, trace.plan(asked, model, seed), 60 * args.minutes + REST_S)
-            runs.append({"seed": seed, **real.told, **compared(fitted, real)})
-            print(f"load {load}, run {seed}: {json.dumps(runs[-1]['error'])}", flush=True)
-        loads.append({"load": load, "rps": rps, "runs": runs, "judged": judged(runs)})
+def evaluated(fit: Fitted, folder: Folder, runs: Iterable[Run]) -> dict[str, Any]:
+    """All that comes out; each run is told as it is done."""
+    print(json.dumps(fit.told), flush=True)
+    by_load: dict[float, list[dict[str, Any]]] = {}
+    for run in runs:
+        asked = answered(run.told)
+        found = {"seed": run.seed, "rps": run.rps, **asked.told, **compared(fit, asked, folder.logs(run))}
+        by_load.setdefault(run.load or 0.0, []).append(found)
+        tell(run, found)
+    loads = [{"load": load, "runs": its, "judged": judged(its)} for load, its in by_load.items()]
     met = all(one["met"] for load in loads for one in load["judged"].values())
-    return {"minutes": args.minutes, "replicas": args.replicas, "fit": fitted.told, "loads": loads, "met": met}
+    return {**msgspec.to_builtins(folder.about), "fit": fit.told, "loads": loads, "met": met}
+
+
+def tell(run: Run, found: dict[str, Any]) -> None:
+    print(f"\n{run.name}: {found['requests']} requests")
+    for what in ("error", "error_with_own_steps"):
+        print(f"{what}: {', '.join(f'{name} {diagnosis.signed(x)}' for name, x in found[what].items())}")
+    for side in ("real", "simulated"):
+        load = found[f"load_{side}"]
+        print(f"{side}: busy {100 * load['busy']:.1f} %, {load['batch']:.2f} requests decode in a step on average")
+    kit.table(diagnosis.HEAD, diagnosis.rows(found["classes"]))
+    sys.stdout.flush()
 
 
 def rows(loads: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -210,10 +145,27 @@ def rows(loads: Sequence[dict[str, Any]]) -> list[list[str]]:
     for load in loads:
         for name, one in load["judged"].items():
             values = [kit.median([run[side][name] for run in load["runs"]]) for side in ("real", "simulated")]
-            errors = [f"{100 * one[which]:+.1f} %" for which in ("median_error", "worst_error")]
+            both = [diagnosis.signed(one[which]) for which in ("median_error", "worst_error")]
             verdict = "met" if one["met"] else "**missed**"
-            found.append([f"{load['load']:g}", name, *(f"{1000 * v:.1f} ms" for v in values), *errors, verdict])
+            found.append([f"{load['load']:g}", name, *(f"{1000 * v:.1f} ms" for v in values), *both, verdict])
     return found
+
+
+def measured(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Calibration and runs on a service of our own, kept under `path`."""
+    files = directory.read(GUIDE)
+    model = trace.Model("guide", min(args.context, files.context_tokens), files.vocab_size)
+    recorded = read(args.arrivals)
+    if not isinstance(recorded, Requests):
+        raise kit.BenchError(f"{args.arrivals} has rates; single requests are needed")
+    whole = trace.fitted(recorded, model)
+    means = {"in_tokens": float(whole.in_tokens.mean()), "out_tokens": float(whole.out_tokens.mean())}
+    folder = Folder.begin(path, About(minutes=args.minutes, replicas=args.replicas, **means))
+    with kit.up(config(args.replicas)) as server:
+        service = Service(server, folder, model, whole)
+        service.calibrate(args.levels, args.calibrate_s)
+        fit = fitted(folder, args.form)
+        return evaluated(fit, folder, service.runs(args.loads, args.runs, fit.capacity_rps))
 
 
 def shares(text: str) -> list[float]:
@@ -224,7 +176,7 @@ def counts(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="of each run")
     parser.add_argument("--loads", type=shares, default=[0.3, 0.6, 0.85])
@@ -235,12 +187,26 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1 << 20, help="clip lengths to fewer tokens than the guide's")
     parser.add_argument("--form", choices=("linear", "grid"), help="of step times; default: the nearer one")
     parser.add_argument("--arrivals", type=Path, default=AZURE)
-    args = parser.parse_args()
-    with kit.up(config(args.replicas)) as server:
-        found = measure(server, args)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--keep", type=Path, metavar="DIR", help="what was sent, seen and computed, for --from")
+    where.add_argument("--from", type=Path, metavar="DIR", dest="kept", help="judge kept runs again; with --form alone")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    with ExitStack() as stack:
+        if args.kept is not None:
+            folder = Folder.read(args.kept)
+            found = evaluated(fitted(folder, args.form), folder, folder.runs())
+        else:
+            path = args.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-truth-"))
+            found = measured(args, Path(path))
+    print()
     head = ["load", "quantile", "real", "simulated", "error, median run", "worst run", "goal"]
     kit.table(head, rows(found["loads"]))
-    kit.save("truth", found)
+    if args.kept is None:
+        kit.save("truth", found)
 
 
 if __name__ == "__main__":

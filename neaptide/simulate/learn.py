@@ -121,16 +121,26 @@ def read(paths: Sequence[Path]) -> tuple[About, Steps]:
 
 def learn(steps: Steps, form: Form | None = None) -> Learnt:
     """`form` None: the one that is nearer. ConfigError E121 where the steps teach nothing."""
-    calm = steps.seconds <= STALL * _by_formula(_formula(steps, None), steps)
-    kept = steps.take(calm)
+    kept, stalled = calm(_formula(steps, None), steps)
     judged = np.arange(len(kept.seconds)) // BLOCK_STEPS % 2 == 1
     part, rest = (kept.take(~judged), kept.take(judged)) if judged.any() else (kept, kept)
     linear = _error(_by_formula(_unbiased(part), rest), rest)
     grid = _error(_by_grid(_grid(part), rest), rest)
     form = form or ("grid" if grid.median < BETTER * linear.median else "linear")
     step = _grid(kept) if form == "grid" else _unbiased(kept)
-    stalled_s = float(steps.seconds[~calm].sum())
-    return Learnt(Traits(step=step), form, len(calm), int((~calm).sum()), stalled_s, linear, grid)
+    stalled_s = float(stalled.seconds.sum())
+    return Learnt(Traits(step=step), form, len(steps.seconds), len(stalled.seconds), stalled_s, linear, grid)
+
+
+def predicted(step: Linear | Grid, steps: Steps) -> Floats:
+    """Seconds of each."""
+    return _by_grid(step, steps) if isinstance(step, Grid) else _by_formula(step, steps)
+
+
+def calm(step: Linear | Grid, steps: Steps) -> tuple[Steps, Steps]:
+    """Those that tell of the engine, and those that stalled."""
+    ran = steps.seconds <= STALL * predicted(step, steps)
+    return steps.take(ran), steps.take(~ran)
 
 
 def traits(about: About, learnt: Traits) -> Traits:
