@@ -168,11 +168,10 @@ class Cache:
             fresh = path / f".{file.name}.{os.getpid()}.{threading.get_ident()}"
             fresh.unlink(missing_ok=True)
             try:
-                os.link(blob, fresh)
-            except OSError:
-                shutil.copy2(blob, fresh)
-            fresh.replace(place)
-            fresh.unlink(missing_ok=True)  # it stays where another has just given `place` the same file
+                _name(blob, fresh)
+                fresh.replace(place)
+            finally:  # a copy that found no room, or another's link to the same file, which stays beside `place`
+                fresh.unlink(missing_ok=True)
 
     def _make_room(self, ref: Ref) -> None:
         """For all that the manifests here name: downloads under way are reckoned with, since theirs came first."""
@@ -223,6 +222,13 @@ class Cache:
         with (self.root / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _name(blob: Path, fresh: Path) -> None:
+    try:
+        os.link(blob, fresh)
+    except OSError:
+        shutil.copy2(blob, fresh)
 
 
 def _same(blob: Path, place: Path) -> bool:

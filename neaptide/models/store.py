@@ -9,6 +9,7 @@ A directory is a store; so is what a web server shows of one, to read from.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -129,11 +130,11 @@ class DirectoryStore:
     def put(self, name: str, raw: bytes) -> Ref:
         """Take in a manifest whose files are here, or are about to come. The latest of its name is another matter."""
         ref = Ref(name, hashlib.sha256(raw).hexdigest())
-        _replace(self.manifest_path(ref), raw)
+        _write(self.manifest_path(ref), raw)
         return ref
 
     def set_latest(self, ref: Ref) -> None:
-        _replace(self._manifests / ref.name / "latest", f"{ref.digest}\n".encode())
+        _write(self._manifests / ref.name / "latest", f"{ref.digest}\n".encode())
 
     def _text(self, path: Path, what: str) -> bytes:
         try:
@@ -236,12 +237,20 @@ def _hashed(path: Path, came: Callable[[int], None]) -> File:
     return File(path.name, digest.hexdigest(), size)
 
 
-def _replace(path: Path, raw: bytes) -> None:
+def _write(path: Path, raw: bytes) -> None:
+    """What is there already is only marked as of now: a model that is here starts from a full disk, too."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     with on_disk(path):
+        if path.is_file() and path.read_bytes() == raw:
+            with contextlib.suppress(PermissionError):  # another user's, in a directory of both: it is replaced
+                path.touch()
+                return
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_bytes(raw)
-        fresh.replace(path)
+        try:
+            fresh.write_bytes(raw)
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
 def _at_most(most: int, pieces: Iterator[bytes]) -> bytes:
