@@ -255,8 +255,8 @@ class Load(Struct, frozen=True, kw_only=True):
     ttft_s: float = float("nan")  # mean of those done
     tpot_s: float = float("nan")
     kv_usage: float = float("nan")  # of the fullest replica, 0..1
-    served: int = 0  # of those done: ended well
     gpu_usage: float = float("nan")  # mean of the GPUs that serve it, 0..1
+    served: int = 0  # of those done: ended well
     service_s: float = float("nan")  # mean of those served: how long they held their slot
 
 
