@@ -1,4 +1,6 @@
-"""One contract for every driver; what only the local one can do is told after it, with real echo replicas."""
+"""One contract for every driver, and one for those that start replicas: the local one with real echo replicas, the
+simulator's in virtual time. What only the local one can do is told after it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import pytest
@@ -21,12 +24,18 @@ from neaptide.fleet.rpc import Client
 from neaptide.fleet.state import StateDir
 from neaptide.fleet.static import StaticDriver
 from neaptide.fleet.supervisor import Supervisor
+from neaptide.simulate.cold import Stage
+from neaptide.simulate.fates import Fate
+from neaptide.simulate.live import Live
+from neaptide.simulate.settings import Setup
 from neaptide.specs import MemberSpec, ReplicaSpec
 from neaptide.types import Deployment, Launch, Revision
 from tests.conftest import ROOT, alive
 
 DEPLOYMENT = Deployment(model="m", stable=Revision(id="m-r1", model="m", source=""))
 LAUNCH = Launch(deployment="m", replica="m-0", epoch=0)
+SECOND = Launch(deployment="m", replica="m-1", epoch=0)
+LIFE_S = 60.0  # of the simulated m-0
 
 
 async def until(true: Callable[[], Awaitable[object]], timeout_s: float = 30.0) -> None:
@@ -46,11 +55,53 @@ async def local(tmp_path: Path) -> AsyncIterator[LocalDriver]:
     async with supervised(tmp_path) as (state, _), driver(state) as one:
         await one.launch(LAUNCH, DEPLOYMENT)
 
-        async def ready() -> bool:
-            return [r.state for r in await one.observe()] == ["ready"]
-
-        await until(ready)
+        await until(all_ready(one, "m-0"))
         yield one
+
+
+class Fleet(NamedTuple):
+    """A driver that starts replicas; m-0 is ready. `until` lets time pass, `kill` ends its process unasked."""
+
+    one: Driver
+    until: Callable[[Callable[[], Awaitable[object]]], Awaitable[None]]
+    kill: Callable[[], None]  # m-0
+
+
+@asynccontextmanager
+async def started(tmp_path: Path) -> AsyncIterator[Fleet]:
+    async with local(tmp_path) as one:
+        yield Fleet(one, until, lambda: os.kill(one.pids()["m-0"], signal.SIGKILL))
+
+
+@asynccontextmanager
+async def simulated(tmp_path: Path) -> AsyncIterator[Fleet]:
+    boot = (Stage(name="process", seconds=1.0, spared=True), Stage(name="weights", seconds=3.0))
+    live = Live(Setup(boot=boot), fates=[Fate(dies_s=LIFE_S)])
+
+    async def until(true: Callable[[], Awaitable[object]]) -> None:
+        for _ in range(1000):
+            if await true():
+                return
+            live.advance(0.1)
+        raise TimeoutError
+
+    fleet = Fleet(live.driver, until, lambda: live.advance(LIFE_S))
+    await fleet.one.launch(LAUNCH, DEPLOYMENT)
+    await until(all_ready(fleet.one, "m-0"))
+    yield fleet
+
+
+@asynccontextmanager
+async def virtual(tmp_path: Path) -> AsyncIterator[Driver]:
+    async with simulated(tmp_path) as fleet:
+        yield fleet.one
+
+
+def all_ready(one: Driver, *ids: str) -> Callable[[], Awaitable[object]]:
+    async def ready() -> bool:
+        return await states(one) == dict.fromkeys(ids, "ready")
+
+    return ready
 
 
 @asynccontextmanager
@@ -113,7 +164,8 @@ async def driver(state: StateDir, at_once: int = 8) -> AsyncIterator[LocalDriver
         await client.close()
 
 
-drivers = pytest.mark.parametrize("make", [static, local])
+drivers = pytest.mark.parametrize("make", [static, local, virtual])
+starters = pytest.mark.parametrize("make", [started, simulated])
 
 
 @drivers
@@ -165,7 +217,108 @@ async def states(one: Driver) -> dict[str, str]:
     return {r.id: r.state for r in await one.observe()}
 
 
-def test_a_drained_local_replica_ends_and_is_gone(tmp_path: Path) -> None:
+@starters
+def test_a_launched_replica_starts_and_serves_with_an_epoch_of_its_own(make, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with make(tmp_path) as fleet:
+            await fleet.one.launch(SECOND, DEPLOYMENT)
+            assert await states(fleet.one) == {"m-0": "ready", "m-1": "starting"}
+            assert set(fleet.one.rows()) == {"m-0"}
+            await fleet.until(all_ready(fleet.one, "m-0", "m-1"))
+            first, second = await fleet.one.observe()
+            assert first.epoch < second.epoch
+            assert first.started_s < second.started_s
+
+    asyncio.run(story())
+
+
+@starters
+def test_a_drained_replica_ends_and_is_gone(make, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with make(tmp_path) as fleet:
+            await fleet.one.drain("m-0")
+
+            async def gone() -> bool:
+                return not await fleet.one.observe()
+
+            await fleet.until(gone)
+            assert not fleet.one.rows()
+            await fleet.one.drain("m-0")
+
+    asyncio.run(story())
+
+
+@starters
+def test_a_replica_that_dies_is_told_dead_until_it_is_forgotten(make, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with make(tmp_path) as fleet:
+            fleet.kill()
+
+            async def dead() -> bool:
+                return await states(fleet.one) == {"m-0": "dead"}
+
+            await fleet.until(dead)
+            assert not fleet.one.rows()
+            await fleet.one.forget("m-0")
+            assert await states(fleet.one) == {}
+
+    asyncio.run(story())
+
+
+@starters
+def test_a_parked_replica_stands_by_and_gateways_are_told_to_give_it_nothing(make, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with make(tmp_path) as fleet:
+            await fleet.one.park("m-0")
+            (replica,) = await fleet.one.observe()
+            assert replica.state == "standby"
+            assert replica.parked_s >= replica.started_s
+            assert fleet.one.rows()["m-0"].state == "draining"
+            await fleet.one.launch(LAUNCH, DEPLOYMENT)  # of that id: it exists
+            assert await states(fleet.one) == {"m-0": "standby"}
+
+    asyncio.run(story())
+
+
+@starters
+def test_a_standby_that_dies_is_told_dead_and_one_that_drains_is_gone(make, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with make(tmp_path) as fleet:
+            await fleet.one.launch(SECOND, DEPLOYMENT)
+            await fleet.until(all_ready(fleet.one, "m-0", "m-1"))
+            await fleet.one.park("m-0")
+            await fleet.one.park("m-1")
+            await fleet.one.drain("m-1")
+            fleet.kill()
+
+            async def ended() -> bool:
+                return await states(fleet.one) == {"m-0": "dead"}
+
+            await fleet.until(ended)
+            await fleet.one.wake("m-0")
+            assert not fleet.one.rows()
+
+    asyncio.run(story())
+
+
+@starters
+def test_spares_are_kept_as_wanted_and_a_launch_serves_with_them_as_without(make, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with make(tmp_path) as fleet:
+            await fleet.one.keep_spares({"echo": 1})
+            await fleet.one.keep_spares({"echo": 1})
+            assert set(await states(fleet.one)) == {"m-0"}
+            await fleet.one.launch(SECOND, DEPLOYMENT)
+            await fleet.one.keep_spares({})
+            await fleet.until(all_ready(fleet.one, "m-0", "m-1"))
+
+    asyncio.run(story())
+
+
+# --- the local driver -------------------------------------------------------------------------------------------------
+
+
+def test_a_drained_local_replica_finishes_first_and_its_process_ends(tmp_path: Path) -> None:
     async def story() -> None:
         async with local(tmp_path) as one:
             pid = one.pids()["m-0"]
@@ -177,22 +330,6 @@ def test_a_drained_local_replica_ends_and_is_gone(tmp_path: Path) -> None:
 
             await until(gone)
             assert not alive(pid)
-
-    asyncio.run(story())
-
-
-def test_a_killed_local_replica_is_told_dead_until_it_is_forgotten(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with local(tmp_path) as one:
-            os.kill(one.pids()["m-0"], signal.SIGKILL)
-
-            async def dead() -> bool:
-                return await states(one) == {"m-0": "dead"}
-
-            await until(dead)
-            assert not one.rows()
-            await one.forget("m-0")
-            assert await states(one) == {}
 
     asyncio.run(story())
 
@@ -215,18 +352,14 @@ def test_a_restarted_control_adopts_the_running_replica_without_touching_it(tmp_
     asyncio.run(story())
 
 
-def test_a_parked_local_replica_lives_and_gateways_are_told_to_give_it_nothing(tmp_path: Path) -> None:
+def test_a_parked_local_replica_lives_on_and_keeps_when_it_was_parked(tmp_path: Path) -> None:
     async def story() -> None:
         async with local(tmp_path) as one:
             before_s, pid = mono_s(), one.pids()["m-0"]
             await one.park("m-0")
             (replica,) = await one.observe()
-            assert replica.state == "standby"
             assert before_s <= replica.parked_s <= mono_s()
-            assert one.rows()["m-0"].state == "draining"
             assert (one.pids(), alive(pid)) == ({"m-0": pid}, True)
-            await one.launch(LAUNCH, DEPLOYMENT)  # of that id: it exists
-            assert await states(one) == {"m-0": "standby"}
 
     asyncio.run(story())
 
@@ -241,30 +374,6 @@ def test_a_restarted_control_adopts_a_standby_as_one_with_its_clock_and_can_wake
             assert (found.state, found.parked_s) == ("standby", left.parked_s)
             await second.wake("m-0")
             assert (await states(second), second.rows()["m-0"].state) == ({"m-0": "ready"}, "ready")
-
-    asyncio.run(story())
-
-
-def test_a_standby_that_dies_is_told_dead_and_one_that_drains_is_gone(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with local(tmp_path) as one:
-            await one.launch(Launch(deployment="m", replica="m-1", epoch=0), DEPLOYMENT)
-
-            async def both() -> bool:
-                return await states(one) == {"m-0": "ready", "m-1": "ready"}
-
-            await until(both)
-            await one.park("m-0")
-            await one.park("m-1")
-            os.kill(one.pids()["m-0"], signal.SIGKILL)
-            await one.drain("m-1")
-
-            async def ended() -> bool:
-                return await states(one) == {"m-0": "dead"}
-
-            await until(ended)
-            await one.wake("m-0")
-            assert not one.rows()
 
     asyncio.run(story())
 

@@ -4,68 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace
 
-from neaptide.clock import mono_s
 from neaptide.control.decisions import DecisionJournal
 from neaptide.control.keep import Kept
 from neaptide.control.loop import JUMP_S, Loop, SteadyWall
 from neaptide.control.traits import Told
-from neaptide.table import Gauges, ModelGauge, ReplicaRow
+from neaptide.simulate.driver import SimulatedDriver
+from neaptide.simulate.live import Live
+from neaptide.simulate.settings import Setup
+from neaptide.table import Gauges, ModelGauge
 from neaptide.types import Carry, Deployment, Launch, Override, Plan, Replica, Revision, Scale
 
 
-class MemoryDriver:
-    """Replicas in memory; `broken` makes every launch fail as a killed control would leave it: not done."""
-
-    def __init__(self) -> None:
-        self.replicas: dict[str, Replica] = {}
-        self.broken = False
-
-    async def observe(self) -> Sequence[Replica]:
-        return list(self.replicas.values())
+class Broken(SimulatedDriver):
+    """Its supervisor goes away at a launch, and control with it."""
 
     async def launch(self, launch: Launch, deployment: Deployment) -> None:
-        if self.broken:
-            raise ConnectionResetError
-        if launch.replica not in self.replicas:
-            self.replicas[launch.replica] = Replica(
-                id=launch.replica, deployment=deployment.model, revision=deployment.stable.id, state="ready",
-                endpoint="", started_s=mono_s(),
-            )  # fmt: skip
-
-    async def drain(self, id: str) -> None:
-        self.replicas.pop(id, None)
-
-    async def park(self, id: str) -> None:
-        if (r := self.replicas.get(id)) is not None and r.state == "ready":
-            self.replicas[id] = replace(r, state="standby", parked_s=mono_s())
-
-    async def wake(self, id: str) -> None:
-        if (r := self.replicas.get(id)) is not None and r.state == "standby":
-            self.replicas[id] = replace(r, state="ready", parked_s=0.0)
-
-    async def keep_spares(self, wanted: Mapping[str, int]) -> None:
-        self.spares = dict(wanted)
-
-    async def forget(self, id: str) -> None:
-        self.replicas.pop(id, None)
-
-    def rows(self) -> Mapping[str, ReplicaRow]:
-        return {}
-
-    async def close(self) -> None: ...
+        raise ConnectionResetError
 
 
 class World:
-    """A loop over a driver in memory, and what gateways would say."""
+    """A loop over simulated replicas that are ready a moment after their launch, and what gateways would say."""
 
     def __init__(self, tmp_path: Path, scale: Scale) -> None:
-        self.driver, self.path = MemoryDriver(), tmp_path / "decisions.jsonl"
+        self.live, self.path = Live(Setup(boot=())), tmp_path / "decisions.jsonl"
+        self.driver = self.live.driver
         self.deployment = Deployment(model="m", stable=Revision(id="r1", model="m", source=""), scale=scale)
         self.gauge: ModelGauge | None = None
         self.overrides: dict[str, Override] = {}
@@ -76,11 +43,17 @@ class World:
         return Loop(
             (self.driver,), lambda: [self.deployment], self.gauges, self.told, DecisionJournal(self.path),
             about=lambda: {"m": Told(slots=4)}, overrides=lambda: self.overrides, keep=self.kept.append,
+            clock=self.live.clock,
         )  # fmt: skip
 
+    async def ids(self) -> set[str]:
+        return {r.id for r in await self.driver.observe()}
+
     def gauges(self) -> list[Gauges]:
-        models = {"m": self.gauge} if self.gauge else {}
-        return [Gauges(gateway="gateway-0", mono_s=mono_s(), fast=1, slow=1, models=models)] if models else []
+        if self.gauge is None:
+            return []
+        now_s, models = self.live.clock.mono_s(), {"m": self.gauge}
+        return [Gauges(gateway="gateway-0", mono_s=now_s, fast=1, slow=1, models=models)]
 
     def told(self, replicas: Sequence[Replica], plan: Plan, carry: Carry) -> None:
         self.plans.append(plan)
@@ -89,16 +62,16 @@ class World:
 def test_a_control_that_dies_between_deciding_and_acting_leaves_the_same_decision_to_the_next(tmp_path: Path) -> None:
     async def story() -> None:
         world = World(tmp_path, Scale(min=2, max=2))
-        world.driver.broken = True
+        whole, world.driver = world.driver, Broken(world.live.replay.replicas, world.live.clock)
         with pytest.raises(ConnectionResetError):
             await world.loop().tick()
-        assert not world.driver.replicas
-        world.driver.broken = False
+        assert not await world.ids()
+        world.driver = whole
         second = world.loop()
         await second.tick()
-        assert set(world.driver.replicas) == {"m-0", "m-1"}
+        assert await world.ids() == {"m-0", "m-1"}
         await world.loop().tick()  # a third adopts what is there
-        assert set(world.driver.replicas) == {"m-0", "m-1"}
+        assert await world.ids() == {"m-0", "m-1"}
 
     asyncio.run(story())
 
@@ -109,12 +82,12 @@ def test_a_successor_holds_what_runs_until_gateways_speak_whatever_was_kept(tmp_
         first = world.loop()
         world.overrides = {"m": Override(count=5, until_wall_s=1e12)}
         await first.tick()
-        assert len(world.driver.replicas) == 5
+        assert len(await world.ids()) == 5
         world.overrides = {}
         second = world.loop()
         second.resume(first.kept())
         await second.tick()
-        assert len(world.driver.replicas) == 5
+        assert len(await world.ids()) == 5
         assert "no gateway has told" in world.plans[-1].choices[0].sentence
 
     asyncio.run(story())
@@ -126,9 +99,11 @@ def test_a_tick_between_two_beats_takes_no_counts_but_wakes_a_model_at_zero(tmp_
         loop = world.loop()
         world.gauge = ModelGauge(arrivals=10)
         await loop.tick()
+        world.live.advance(0.2)
         world.gauge = ModelGauge(arrivals=12, waiting=2)
         await loop.tick()
-        assert set(world.driver.replicas) == {"m-0"}
+        assert await world.ids() == {"m-0"}
+        world.live.advance(0.2)
         world.gauge = ModelGauge(arrivals=13, running=3)
         await loop.tick()
         assert loop.snapshot is not None
@@ -141,19 +116,19 @@ def test_a_tick_between_two_beats_takes_no_counts_but_wakes_a_model_at_zero(tmp_
 def test_nudges_do_not_make_the_beat_faster_or_slower(tmp_path: Path) -> None:
     async def story() -> None:
         world = World(tmp_path, Scale(min=1, max=3, policy="hpa"))
-        world.gauge = ModelGauge()
-        loop = world.loop()
-        seen: list[float] = []
+        world.gauge, loop = ModelGauge(), world.loop()
+        beats: list[float] = []
         task = asyncio.create_task(loop.run())
-        while len(seen) < 4:
-            at_s = loop._heard.at_s
-            if at_s > 0 and (not seen or at_s != seen[-1]):
-                seen.append(at_s)
+        for tick in range(1, 200):
+            world.live.advance(0.02)
             loop.nudge()
-            await asyncio.sleep(0.02)
+            while len(world.plans) < tick:
+                await asyncio.sleep(0)
+            if loop._heard.at_s not in beats:
+                beats.append(loop._heard.at_s)
         task.cancel()
-        assert len(world.plans) > 3 * len(seen)
-        assert all(later - earlier >= 0.9 for earlier, later in itertools.pairwise(seen))
+        assert len(beats) == 5
+        assert all(0.9 <= later - earlier < 0.95 for earlier, later in itertools.pairwise(beats))
 
     asyncio.run(story())
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from neaptide.control.policy import Floats, Seen, State
 from neaptide.errors import ConfigError
 from neaptide.simulate.bound import bound, level_loads, schedule, taut_string
-from neaptide.simulate.fluid import Days, Entry, run, service
+from neaptide.simulate.fluid import Days, Entry, run
+from neaptide.simulate.pooled import PooledLanes
 from neaptide.simulate.world import World, read_world
 
 WORLD = World(cold_start_s=20)  # ready four ticks after launch
@@ -93,7 +94,7 @@ def test_lanes_do_not_see_each_other(seed: int) -> None:
 
 def test_requests_are_neither_lost_nor_made() -> None:
     rng = np.random.default_rng(1)
-    lanes = service(WORLD, CAPACITY, 4)
+    lanes = PooledLanes(WORLD, CAPACITY, 4)
     lanes.ready[:] = (1, 2, 3, 0)
     for _ in range(500):
         lanes.work(rng.poisson(20, 4).astype(float))
@@ -161,7 +162,7 @@ def test_the_schedule_without_a_budget_serves_its_world_in_time() -> None:
     rng = np.random.default_rng(3)
     counts = rng.poisson(30 + 20 * np.sin(np.arange(6000) / 300)).astype(float)
     ready = schedule(WORLD, level_loads(WORLD, CAPACITY, counts), np.inf).on.sum(axis=1).astype(float)
-    lanes = service(WORLD, CAPACITY, 1)
+    lanes = PooledLanes(WORLD, CAPACITY, 1)
     late = 0.0
     for count, replicas in zip(counts, ready, strict=True):
         lanes.ready[:] = replicas  # a clairvoyant has launched them in time

@@ -16,7 +16,7 @@ from neaptide.control.peers import peers
 from neaptide.control.policy import Floats, Seen, State
 from neaptide.errors import ConfigError
 from neaptide.simulate.arrivals import Lists, Rates, Requests, Tokens
-from neaptide.simulate.cold import Nodes, Stage, boot_s
+from neaptide.simulate.cold import Nodes, Stage, boot_s, remaining
 from neaptide.simulate.counts import counts
 from neaptide.simulate.engine import Traits
 from neaptide.simulate.fluid import Entry, run
@@ -183,8 +183,8 @@ def test_a_cold_start_is_the_sum_of_its_stages_and_a_warm_node_skips_what_it_has
         Stage(name="weights", seconds=20.0, cacheable=True),
         Stage(name="graphs", seconds=10.0),
     )
-    assert boot_s(stages, warm=False) == 70.0
-    assert boot_s(stages, warm=True) == 50.0
+    assert boot_s(stages) == 70.0
+    assert boot_s(remaining(stages, warm=True)) == 50.0
     assert Setup(boot=stages).cold_start_s == 70.0
     policy = Scripted(1, 2, *[2] * 20, 1, 2)  # launched at 10 s, drained at 115 s, launched again at 120 s
     found = replay(steady(1.0, 300.0), Setup(engine=TENTH, boot=stages, replicas=1, warm_s=60.0), policy)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from neaptide.clock import mono_s, wall_s
+from neaptide.clock import Clock, RealClock
 from neaptide.control.decide import decide
 from neaptide.control.decisions import DecisionJournal, Line
 from neaptide.control.keep import EVERY_S, Kept
@@ -25,6 +25,7 @@ from neaptide.fleet.driver import Driver
 from neaptide.table import Gauges, ReplicaRow
 from neaptide.types import Carry, Deployment, Override, Plan, Replica, Snapshot, Spares
 
+REAL = RealClock()
 JUMP_S = 60.0  # by which the wall clock may run ahead before it is followed
 Told = Callable[[Sequence[Replica], Plan, Carry], None]
 
@@ -47,14 +48,15 @@ class Loop:
         currency: Callable[[], str] = str,
         spares: Callable[[], Spares] = Spares,
         keep: Callable[[Kept], None] = lambda kept: None,
+        clock: Clock = REAL,
     ) -> None:
         self._drivers, self._deployments, self._gauges = drivers, deployments, gauges
         self._about, self._overrides, self._currency = about, overrides, currency
         self._told, self._journal, self._keep, self._spares = told, journal, keep, spares
         self._stillborn: list[Replica] = []
         self._nudge = asyncio.Event()
-        self._heard, self._clock = Heard(), SteadyWall()
-        self._kept_s = mono_s()
+        self._heard, self._clock, self._wall = Heard(), clock, SteadyWall()
+        self._kept_s = clock.mono_s()
         self.learnt, self.shadows = Learnt(), Shadows(Kept().shadows)
         self.carry, self.plan = Carry(), Plan()
         self.snapshot: Snapshot | None = None
@@ -66,7 +68,8 @@ class Loop:
         self.shadows = Shadows(kept.shadows)
 
     def kept(self) -> Kept:
-        return Kept(wall_s=wall_s(), policies=self.carry.policies, learnt=self.learnt, shadows=self.shadows.days())
+        now_s, days = self._clock.wall_s(), self.shadows.days()
+        return Kept(wall_s=now_s, policies=self.carry.policies, learnt=self.learnt, shadows=days)
 
     def nudge(self) -> None:
         """Something changed: tick now."""
@@ -76,7 +79,7 @@ class Loop:
         while True:
             self._nudge.clear()
             await self.tick()
-            rest_s = min(TICK_S, max(0.0, self._heard.at_s + TICK_S - mono_s()))
+            rest_s = min(TICK_S, max(0.0, self._heard.at_s + TICK_S - self._clock.mono_s()))
             try:
                 await asyncio.wait_for(self._nudge.wait(), rest_s)
             except TimeoutError:
@@ -84,9 +87,9 @@ class Loop:
 
     async def tick(self) -> None:
         snapshot, on_beat = await self.observe()
-        carry = self.carry
+        carry, wall_s = self.carry, self._clock.wall_s()
         plan, self.carry = decide(snapshot, carry)
-        self._journal.note(Line(wall_s=wall_s(), snapshot=snapshot, carry=carry, plan=plan, carry_after=self.carry))
+        self._journal.note(Line(wall_s=wall_s, snapshot=snapshot, carry=carry, plan=plan, carry_after=self.carry))
         self.snapshot, self.plan = snapshot, plan
         self._stillborn = await self.act(plan, snapshot)
         self._told([*snapshot.replicas, *self._stillborn], plan, self.carry)
@@ -105,7 +108,7 @@ class Loop:
             for driver in self._drivers
             for r in await driver.observe()
         ]
-        deployments, now_s = tuple(self._deployments()), mono_s()
+        deployments, now_s = tuple(self._deployments()), self._clock.mono_s()
         pool_of = {model: d.model for d in deployments for model in d.members}
         loads, heard = read(gauges, self._heard, now_s, about, pool_of)
         on_beat = now_s - self._heard.at_s >= BEAT_S * TICK_S
@@ -113,7 +116,7 @@ class Loop:
         self.learnt = learn(self.learnt, deployments, replicas, loads if on_beat else {}, about, now_s)
         snapshot = Snapshot(
             now_s=now_s,
-            now_wall_s=self._clock.at(now_s, wall_s()),
+            now_wall_s=self._wall.at(now_s, self._clock.wall_s()),
             deployments=deployments,
             replicas=(*replicas, *self._stillborn),
             loads=loads,

@@ -1,4 +1,6 @@
-"""How long a replica takes from launch to ready: stages in a row; a warm node skips those that it has cached."""
+"""How long a replica takes from launch to ready: stages in a row. A warm node skips those that it has cached, a spare
+those that it has behind it.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,20 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     name: str
     seconds: float
     cacheable: bool = False  # what it makes stays on the node
+    spared: bool = False  # it is no model's: a spare has it behind it
 
     def __post_init__(self) -> None:
         if self.seconds < 0:
             raise ValueError(f"stage {self.name}: {self.seconds} s is under 0")
 
 
-def boot_s(stages: Sequence[Stage], *, warm: bool) -> float:
-    return sum((stage.seconds for stage in stages if not (warm and stage.cacheable)), 0.0)
+def remaining(stages: Sequence[Stage], *, warm: bool = False, spared: bool = False) -> tuple[Stage, ...]:
+    """What is left of a start on a warm node, or from a spare."""
+    return tuple(s for s in stages if not (warm and s.cacheable) and not (spared and s.spared))
+
+
+def boot_s(stages: Sequence[Stage]) -> float:
+    return sum((stage.seconds for stage in stages), 0.0)
 
 
 class Nodes:

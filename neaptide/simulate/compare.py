@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from neaptide.control.lanes import Lanes
 from neaptide.control.peers.table import TUNED
 from neaptide.control.policy import Floats
 from neaptide.simulate import policies
@@ -24,6 +23,7 @@ from neaptide.simulate.arrivals import Rates, capacity, join, no_such_days
 from neaptide.simulate.bound import Bound, bound
 from neaptide.simulate.counts import counts
 from neaptide.simulate.fluid import Days, Entry, run
+from neaptide.simulate.pooled import PooledLanes
 from neaptide.simulate.tally import Tally
 from neaptide.simulate.world import World
 
@@ -56,6 +56,7 @@ class Measured:
     requests: Floats
     late: Floats
     scale_events: Floats
+    standby_hours: Floats  # their rent is in replica_hours
 
     @property
     def attainment(self) -> float:
@@ -88,6 +89,7 @@ class Point:
             found.arrivals[part].sum(0),
             found.late[part].sum(0),
             found.launches[part].sum(0) + found.drains[part].sum(0),
+            found.standby_s[part].sum(0) / 3600,
         )
 
 
@@ -220,8 +222,8 @@ def _entry(family: policies.Family, targets: Sequence[float], seeds: int, peak: 
     return Entry(policies.build(family.name, np.repeat(targets, seeds), peak), lanes)
 
 
-def watched(tally: Tally, steps: int, tell: Tell) -> Callable[[int, Lanes], None]:
-    def watch(tick: int, lanes: Lanes) -> None:
+def watched(tally: Tally, steps: int, tell: Tell) -> Callable[[int, PooledLanes], None]:
+    def watch(tick: int, lanes: PooledLanes) -> None:
         tally(tick, lanes)
         if tick % 1000 == 0:
             tell(tick / steps)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from neaptide.control.lanes import Lanes
 from neaptide.control.policy import Floats, Policy, State
 from neaptide.simulate.arrivals import DAY_S
+from neaptide.simulate.pooled import PooledLanes
 from neaptide.simulate.world import World
 
 
@@ -33,6 +33,7 @@ class Days:
     late: Floats
     launches: Floats
     drains: Floats
+    standby_s: Floats  # that replicas stood by; their rent is in replica_s
 
     def over(self, first: int, last: int) -> Totals:
         """Both days inclusive, counted from the run's first day."""
@@ -52,17 +53,6 @@ class Totals:
     scale_events: Floats  # replicas launched or drained
 
 
-def service(world: World, capacity_rps: float, lanes: int) -> Lanes:
-    """The fluid service of this world."""
-    return Lanes(
-        capacity_rps * world.service_s,
-        lanes,
-        held_ticks=world.held_ticks,
-        cold_ticks=world.cold_ticks,
-        on_time_share=world.on_time_share,
-    )
-
-
 def run(
     world: World,
     capacity_rps: float,
@@ -70,27 +60,29 @@ def run(
     entries: Sequence[Entry],
     *,
     start_s: float = 0.0,
-    watch: Callable[[int, Lanes], None] | None = None,
+    watch: Callable[[int, PooledLanes], None] | None = None,
 ) -> list[Days]:
     """Every entry over `counts` [seeds, ticks]; days are counted from `start_s`. At first there are as many replicas as
     the first ten minutes need. `watch(tick, lanes)` is called at each tick's end."""
     slices, lane_seeds = _lanes(entries)
-    lanes = service(world, capacity_rps, len(lane_seeds))
+    lanes = PooledLanes(world, capacity_rps, len(lane_seeds))
     first = counts[:, : round(600 / world.tick_s)].mean(axis=1) / world.tick_s
     lanes.ready[:] = np.ceil(first / capacity_rps)[lane_seeds]
     steps = [_Step(e.policy, part, lanes, world, capacity_rps) for e, part in zip(entries, slices, strict=True)]
     ticks = counts.shape[1]
     per_day = round(DAY_S / world.tick_s)
-    sums = np.zeros((-(-ticks // per_day), 5, len(lane_seeds)))
+    sums = np.zeros((-(-ticks // per_day), 6, len(lane_seeds)))
     by_tick = np.ascontiguousarray(counts.T[:, lane_seeds], dtype=np.float64)
     for tick in range(ticks):
         lanes.work(by_tick[tick])
         day = sums[tick // per_day]
         day[0] += lanes.ready
         day[0] += lanes.starting
+        day[0] += lanes.rent * lanes.standing
+        day[5] += lanes.standing
         day[1] += lanes.arrivals
         day[2] += lanes.late
-        lanes.launched[:] = lanes.drained[:] = 0.0
+        lanes.launched[:] = lanes.drained[:] = lanes.moved[:] = 0.0
         now_s = start_s + (tick + 1) * world.tick_s
         for step in steps:
             step.take(now_s)
@@ -98,14 +90,14 @@ def run(
         day[4] += lanes.drained
         if watch is not None:
             watch(tick, lanes)
-    sums[:, 0] *= world.tick_s
-    return [Days(*(sums[:, i, part] for i in range(5))) for part in slices]
+    sums[:, [0, 5]] *= world.tick_s
+    return [Days(*(sums[:, i, part] for i in range(6))) for part in slices]
 
 
 class _Step:
     """One policy's share of a tick."""
 
-    def __init__(self, policy: Policy, part: slice, lanes: Lanes, world: World, capacity_rps: float) -> None:
+    def __init__(self, policy: Policy, part: slice, lanes: PooledLanes, world: World, capacity_rps: float) -> None:
         self._policy, self._part, self._lanes = policy, part, lanes
         self._state: State = policy.start()
         self._next_s = 0.0
@@ -118,6 +110,8 @@ class _Step:
         if now_s >= self._next_s:
             self._next_s = now_s + self._policy.every_s - 1e-9
             self._lanes.scale(self._part, self._policy.want(seen, self._state))
+        else:
+            self._lanes.rest(self._part)
 
 
 def _lanes(entries: Sequence[Entry]) -> tuple[list[slice], NDArray[np.int64]]:

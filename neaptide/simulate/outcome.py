@@ -32,7 +32,11 @@ def outcome(found: Comparison, price: Price | None = None) -> Tree:
     """Shares are fractions, times in seconds; means over the seeds where there are several."""
     question = found.question
     return {
-        "world": {**msgspec.structs.asdict(found.world), "capacity_rps": found.capacity_rps},
+        "world": {
+            **msgspec.structs.asdict(found.world),
+            "standby": _standby(found),
+            "capacity_rps": found.capacity_rps,
+        },
         "tier": found.tier,
         "seed": question.seeds[0],
         "seeds": list(question.seeds),
@@ -55,6 +59,11 @@ def outcome(found: Comparison, price: Price | None = None) -> Tree:
         "slo_price": [_priced(found, point) for point in found.slo_points],
         "price": _money(found, price) if price else None,
     }
+
+
+def _standby(found: Comparison) -> Tree:
+    standby = found.world.standby
+    return {"max": standby.max, "rent": standby.rent}
 
 
 def by_cost(found: Comparison) -> list[Row]:
@@ -105,6 +114,8 @@ def _measured(found: Comparison, measured: Measured) -> Tree:
         "attainment": measured.attainment,
         "replica_hours": measured.hours,
         "scale_events": float(measured.scale_events.mean()),
+        "standby_hours": float(measured.standby_hours.mean()),
+        "standby_paid_hours": found.world.standby.rent * float(measured.standby_hours.mean()),
         "reached_slo": found.reached(measured),
     }
 

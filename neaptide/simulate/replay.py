@@ -24,7 +24,8 @@ from neaptide.simulate.arrivals import Requests
 from neaptide.simulate.engine import Book
 from neaptide.simulate.even import jumping
 from neaptide.simulate.exact import Exact
-from neaptide.simulate.replicas import Replica, Replicas
+from neaptide.simulate.replica import Replica
+from neaptide.simulate.replicas import Replicas
 from neaptide.simulate.routes import RoundRobin, router
 from neaptide.simulate.served import Served
 from neaptide.simulate.settings import Setup, capacity
@@ -65,7 +66,7 @@ def replay(
 
 
 class Replay:
-    """A run's state. `at` is the next arrival; times rise."""
+    """A run's state; times rise. `arrived`: how many requests have come; `line`: who waits in the gateway."""
 
     def __init__(
         self,
@@ -83,45 +84,53 @@ class Replay:
         self._start_s, self._to_s = start_s, to_s
         self.book = book = Book(requests, setup.in_tokens, setup.out_tokens)
         self._lost = [0] * len(book.prompt)
+        self.sent_s = [math.nan] * len(book.prompt)  # when it was given to the replica that has it, or had it last
         self._arrivals = bisect_left(book.arrived_s, to_s)
-        self._at = 0
+        self.arrived = 0
         engine = Exact if tier == "exact" else jumping(setup.engine, book)
         self.replicas = Replicas(setup, lambda: engine(setup.engine, book), seed)
         self._router = router(setup.route, book, setup.engine.prefix_block_tokens, seed)
-        self._line: deque[int] = deque()  # the gateway's
+        self.line: deque[int] = deque()  # the gateway's
         self._due: list[tuple[float, int]] = []  # heap: when an engine's work ends, the replica's number
         self._capacity = capacity(setup, float(np.mean(book.prompt or [1])), float(np.mean(book.out or [1])))
         self._state = policy.start() if policy else {}
         self._next_want_s = -math.inf
         self._seen: deque[tuple[float, Floats]] = deque()  # loads as they were, for the lag
-        self._counts: list[tuple[float, int, int]] = []
+        self._counts: list[tuple[float, int, int, int]] = []
         self.replicas.begin(self._first_replicas(), start_s)
 
     def run(self, progress: Callable[[float], None] | None = None) -> None:
         tick_s, tick, last_s = self._setup.tick_s, 0, self._to_s + TAIL_S
         while True:
             tick += 1
-            now_s, before = self._start_s + tick * tick_s, self._at
-            self._until(now_s)
-            self._tick(now_s, self._at - before)
+            now_s = self._start_s + tick * tick_s
+            self.advance(now_s)
             if progress is not None:
-                progress(min(1.0, self._at / max(1, self._arrivals)))
+                progress(min(1.0, self.arrived / max(1, self._arrivals)))
             served = (
-                self._at >= self._arrivals and not self._line and not any(r.engine.in_flight for r in self._there())
+                self.arrived >= self._arrivals and not self.line and not any(r.engine.in_flight for r in self._there())
             )
             if now_s >= last_s or (now_s >= self._to_s and served):
                 return
 
+    def advance(self, now_s: float) -> None:
+        """All that happens until then, and a tick."""
+        before = self.arrived
+        self._until(now_s)
+        self._tick(now_s, self.arrived - before)
+
     # ------------------------------------------------------------------------------------------------- requests
 
     def _until(self, until_s: float) -> None:
+        for replica in self._apart():
+            self._watch(replica)
         while self.replicas.next_s <= until_s:
             now_s = self.replicas.next_s
             self._serve(now_s)
             lost = self.replicas.happen(now_s)
             for id in lost:
                 self._lost[id] += 1
-            self._line.extendleft(reversed(lost))
+            self.line.extendleft(reversed(lost))
             for replica in self.replicas.leaving:
                 self._watch(replica)
             self._dispatch(now_s)
@@ -129,8 +138,8 @@ class Replay:
 
     def _serve(self, until_s: float) -> None:
         """All that come before this time; every engine runs to it."""
-        first, end = self._at, bisect_left(self.book.arrived_s, until_s, self._at, self._arrivals)
-        self._at = end
+        first, end = self.arrived, bisect_left(self.book.arrived_s, until_s, self.arrived, self._arrivals)
+        self.arrived = end
         if isinstance(self._router, RoundRobin) and self._setup.line == "replica" and self.replicas.pool.targets:
             self._share_out(self._router, first, end, until_s)
         else:
@@ -148,28 +157,29 @@ class Replay:
             ids = range(first + (at - robin.turn) % len(replicas), end, len(replicas))
             share = slice(ids.start, end, ids.step)
             self.book.replica[share] = [replica.number] * len(ids)
+            self.sent_s[share] = self.book.arrived_s[share]
             replica.engine.run(ids, self.book.arrived_s[share], until_s)
             replica.target.in_flight = replica.engine.in_flight
         robin.turn += end - first
 
     def _arrive(self, id: int, now_s: float) -> None:
-        target = None if self._line else self._router.pick(self.replicas.pool, id, now_s)
+        target = None if self.line else self._router.pick(self.replicas.pool, id, now_s)
         if target is None:
-            self._line.append(id)
+            self.line.append(id)
         else:
             self._send(self.replicas.of(target), id, now_s)
 
     def _dispatch(self, now_s: float) -> None:
         """Who waits in the gateway, in order, as long as a replica takes one."""
-        while self._line:
-            target = self._router.pick(self.replicas.pool, self._line[0], now_s)
+        while self.line:
+            target = self._router.pick(self.replicas.pool, self.line[0], now_s)
             if target is None:
                 return
-            self._send(self.replicas.of(target), self._line.popleft(), now_s)
+            self._send(self.replicas.of(target), self.line.popleft(), now_s)
 
     def _send(self, replica: Replica, id: int, now_s: float) -> None:
         engine = replica.engine
-        self.book.replica[id] = replica.number
+        self.book.replica[id], self.sent_s[id] = replica.number, now_s
         before_s = engine.end_s
         engine.run((id,), (now_s,), now_s)
         replica.target.in_flight = engine.in_flight
@@ -193,13 +203,17 @@ class Replay:
             self._watch(replica)
             if replicas.leaving:
                 replicas.settle(replica, now_s)
-            if self._line and replica.target.in_flight < before:
+            if self.line and replica.target.in_flight < before:
                 self._dispatch(now_s)
 
     # ------------------------------------------------------------------------------------------------- replicas
 
     def _there(self) -> list[Replica]:
-        return self.replicas.ready + self.replicas.leaving
+        return self.replicas.ready + self._apart()
+
+    def _apart(self) -> list[Replica]:
+        """Those that are given nothing more, and end what they have."""
+        return self.replicas.leaving + self.replicas.standing
 
     def _first_replicas(self) -> int:
         if self._setup.replicas is not None:
@@ -210,12 +224,12 @@ class Replay:
 
     def _tick(self, now_s: float, arrivals: int) -> None:
         replicas, policy = self.replicas, self._policy
-        self._counts.append((now_s, len(replicas.pool.targets), len(replicas.starting)))
+        self._counts.append((now_s, len(replicas.pool.targets), len(replicas.starting), len(replicas.standing)))
         if policy is None:
             return
         engines = [replica.engine for replica in self._there()]
-        waiting = len(self._line) + sum(engine.waiting for engine in engines)
-        in_flight = len(self._line) + sum(engine.in_flight for engine in engines)
+        waiting = len(self.line) + sum(engine.waiting for engine in engines)
+        in_flight = len(self.line) + sum(engine.in_flight for engine in engines)
         load = self._lagged(now_s, np.array([arrivals, in_flight, waiting], dtype=np.float64))
         seen = Seen(
             now_s=now_s,
@@ -235,8 +249,8 @@ class Replay:
             self._next_want_s = now_s + policy.every_s - 1e-9
             want = round(float(policy.want(seen, self._state)[0]))
             replicas.scale(max(0, min(want, self._setup.max_replicas)), now_s)
-            for replica in replicas.leaving:
-                self._watch(replica)
+        else:
+            replicas.rest(now_s)
 
     def _lagged(self, now_s: float, load: Floats) -> Floats:
         """The load as it was `lag_s` ago; at first, as it was when it was first seen."""
@@ -248,11 +262,11 @@ class Replay:
     # ------------------------------------------------------------------------------------------------- what came out
 
     def served(self, from_s: float, to_s: float) -> Served:
-        book = self.book
+        book, billing_s, rent = self.book, self._setup.billing_s, self._setup.standby.rent
         rows = slice(bisect_left(book.arrived_s, from_s), bisect_left(book.arrived_s, to_s))
         t_s, first_s, finish_s = (np.array(c[rows]) for c in (book.arrived_s, book.first_s, book.finish_s))
         out = np.array(book.out[rows], dtype=np.int64)
-        ticks = np.array([c for c in self._counts if from_s < c[0] <= to_s], dtype=np.float64).reshape(-1, 3)
+        ticks = np.array([c for c in self._counts if from_s < c[0] <= to_s], dtype=np.float64).reshape(-1, 4)
         kinds = [change.kind for change in self.replicas.changes if from_s <= change.at_s < to_s]
         return Served(
             t_s=t_s,
@@ -266,14 +280,14 @@ class Replay:
             preempted=np.array(book.preempted[rows], dtype=np.int64),
             lost=np.array(self._lost[rows], dtype=np.int64),
             slo_ttft_s=self._setup.slo_ttft_s,
-            replica_hours=sum(self._paid_s(r, from_s, to_s) for r in self.replicas.all) / 3600,
+            replica_hours=sum(r.paid_s(from_s, to_s, billing_s, rent) for r in self.replicas.all) / 3600,
+            standby_hours=sum(r.stood_s(from_s, to_s) for r in self.replicas.all) / 3600,
+            standby_rent=rent,
             launches=kinds.count("launch"),
             drains=kinds.count("drain"),
             reclaims=kinds.count("reclaim"),
             ticks_s=ticks[:, 0],
             ready=ticks[:, 1].astype(np.int64),
             starting=ticks[:, 2].astype(np.int64),
+            standing=ticks[:, 3].astype(np.int64),
         )
-
-    def _paid_s(self, replica: Replica, from_s: float, to_s: float) -> float:
-        return max(0.0, min(replica.paid_until_s(self._setup.billing_s), to_s) - max(replica.launched_s, from_s))

@@ -131,6 +131,7 @@ def _slo_lines(found: Comparison, price: Price | None) -> list[Markup]:
 def _columns(found: Comparison, price: Price | None) -> list[tuple[str, str]]:
     names = ["target", "cost", "attainment", "hours", "events"]
     names += ["p99"] if found.tier != "fluid" else []
+    names += ["standby"] if found.world.standby.max else []
     return [("policy", ""), *((name, "n") for name in [*names, *(["money"] if price else [])])]
 
 
@@ -142,17 +143,19 @@ def _line(found: Comparison, row: Row, price: Price | None) -> Line:
     ]  # fmt: skip
     if found.tier != "fluid":
         cells.append("–" if row.p99_ttft_s is None else f"{row.p99_ttft_s:.2f} s")
+    cells += [f"{measured.standby_hours.mean() / reported_days(found):,.1f}"] if found.world.standby.max else []
     cells += [price.text(price.a_day(found, measured))] if price else []
     return Line(cells, found.reached(measured))
 
 
 def _world(found: Comparison) -> list[tuple[str, Any]]:
     world, rates = found.world, found.rates
+    standby = [("standby", f"{world.standby.max} × {world.standby.rent:g}")] if world.standby.max else []
     return [
         ("source", str(rates.source)), ("tier", found.tier),
         ("capacity", say("world.rps", n=f"{found.capacity_rps:.4g}")),
         ("service", f"{world.service_s:g} s"), ("slack", f"{world.slack_s:g} s"),
-        ("cold", f"{world.cold_start_s:g} s"), ("tick", f"{world.tick_s:g} s"),
+        ("cold", f"{world.cold_start_s:g} s"), ("tick", f"{world.tick_s:g} s"), *standby,
         ("dispersion", f"{rates.dispersion:.2f}"), ("filled", str(rates.filled)),
     ]  # fmt: skip
 

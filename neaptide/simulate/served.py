@@ -34,6 +34,9 @@ class Served:
     ticks_s: Floats  # [ticks] of the reported time: each one's end
     ready: Ints  # [ticks] replicas then
     starting: Ints
+    standing: Ints  # ... and those that stood by
+    standby_hours: float
+    standby_rent: float  # what one of them cost, as a share of a replica: paid in replica_hours
 
     @property
     def scale_events(self) -> int:
@@ -63,6 +66,8 @@ class Served:
         return found | {
             "attainment": self.attainment,
             "replica_hours": self.replica_hours,
+            "standby_hours": self.standby_hours,
+            "standby_paid_hours": self.standby_rent * self.standby_hours,
             "scale_events": self.scale_events,
             "launches": self.launches,
             "drains": self.drains,

@@ -14,7 +14,8 @@ from neaptide.simulate.engine import Traits
 from neaptide.simulate.routes import RouteName
 from neaptide.simulate.spot import Spot
 from neaptide.simulate.steps import Linear, pairs_of, piece_at
-from neaptide.simulate.world import World
+from neaptide.simulate.world import World, is_sane
+from neaptide.types import Standby
 
 FLUID_STEPS = 500  # in which a request of the fluid world is served
 
@@ -39,6 +40,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     route: RouteName = "least-loaded"
     lag_s: float = 0.0  # the policy sees the load as it was so long ago; its own replicas as they are
     spot: Spot | None = None
+    standby: Standby = Standby()  # what the policy lets go and how many of it stand by; the cold start says how long
     billing_s: float = 1.0  # a replica is paid for whole ones of these, from its launch on; 0: to the moment
 
     def __post_init__(self) -> None:
@@ -48,11 +50,13 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ValueError("in_tokens, out_tokens and max_replicas are 1 or more, replicas 0 or more")
         if self.capacity_rps is not None and self.capacity_rps <= 0:
             raise ValueError("capacity_rps is over 0")
+        if not is_sane(self.standby):
+            raise ValueError("standby.max is 0 or more, standby.rent over 0 and at most 1")
 
     @property
     def cold_start_s(self) -> float:
         """On a node without caches."""
-        return boot_s(self.boot, warm=False)
+        return boot_s(self.boot)
 
 
 def read_setup(path: Path) -> Setup:
@@ -119,4 +123,5 @@ def of_world(world: World, capacity_rps: float) -> Setup:
         boot=(Stage(name="start", seconds=world.cold_start_s),),
         lookahead=0,
         billing_s=0.0,
+        standby=world.standby,
     )

@@ -90,20 +90,23 @@ def _p99(found: Comparison, run: Served) -> float:
 
 
 def _days(run: Served, first_day: int, days: int, tick_s: float) -> tuple[Floats, ...]:
-    """Each [days]: replica-seconds, arrivals, late ones, launches and drains; these from tick to tick, netted."""
+    """Each [days]: replica-seconds, arrivals, late ones, launches and drains (from tick to tick, netted), seconds that
+    replicas stood by."""
     came = (run.t_s // DAY_S).astype(np.int64) - first_day
     late = ~np.less_equal(run.ttft_s, run.slo_ttft_s)  # NaN was never served
     ticks = ((run.ticks_s - tick_s / 2) // DAY_S).astype(np.int64) - first_day
     count = (run.ready + run.starting).astype(np.float64)
-    change = np.diff(count, prepend=count[:1])
+    stood = run.standing.astype(np.float64)
+    change = np.diff(count + stood, prepend=(count + stood)[:1])
 
     def by_day(days_of: np.ndarray, weights: np.ndarray | None = None) -> Floats:
         return np.bincount(days_of, weights, minlength=days).astype(np.float64)
 
     return (
-        by_day(ticks, count) * tick_s,
+        by_day(ticks, count + run.standby_rent * stood) * tick_s,
         by_day(came),
         by_day(came, late.astype(np.float64)),
         by_day(ticks, np.maximum(change, 0.0)),
         by_day(ticks, np.maximum(-change, 0.0)),
+        by_day(ticks, stood) * tick_s,
     )

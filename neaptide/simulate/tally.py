@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from neaptide.control.lanes import Lanes
 from neaptide.control.policy import Floats
 from neaptide.simulate.arrivals import DAY_S
 from neaptide.simulate.fluid import Days
+from neaptide.simulate.pooled import PooledLanes
 
 STRETCHES_S = (300, 900, 1800, 3600)
 MOST_STRETCHES = 3000
-PAID, ARRIVALS, LATE, LAUNCHES, DRAINS = range(5)
+PAID, ARRIVALS, LATE, LAUNCHES, DRAINS, STANDBY = range(6)
 
 
 class Tally:
@@ -26,15 +26,19 @@ class Tally:
         self.first_day = int(start_s // DAY_S)
         middles = start_s + (np.arange(ticks) + 0.5) * tick_s
         self._at = ((middles - self.first_day * DAY_S) // self.stretch_s).astype(np.int64).tolist()
-        self.sums = np.zeros((self._at[-1] + 1, 5, lanes))
+        self.sums = np.zeros((self._at[-1] + 1, 6, lanes))
 
-    def __call__(self, tick: int, lanes: Lanes) -> None:
+    def __call__(self, tick: int, lanes: PooledLanes) -> None:
         sums = self.sums[self._at[tick]]
         paid = sums[PAID]  # what there was before this tick's launches and drains
         paid += lanes.ready
         paid += lanes.starting
         paid += lanes.drained
         paid -= lanes.launched
+        stood = lanes.standing - lanes.moved
+        paid += lanes.moved
+        paid += lanes.rent * stood
+        sums[STANDBY] += stood
         sums[ARRIVALS] += lanes.arrivals
         sums[LATE] += lanes.late
         sums[LAUNCHES] += lanes.launched
@@ -44,7 +48,8 @@ class Tally:
         """[days of the clock, lanes], from `first_day` on."""
         edges = np.arange(0, len(self.sums), round(DAY_S / self.stretch_s))
         sums = np.add.reduceat(self.sums[:, :, lanes], edges, axis=0)
-        return Days(sums[:, PAID] * self.tick_s, *(sums[:, i] for i in (ARRIVALS, LATE, LAUNCHES, DRAINS)))
+        counts = (sums[:, i] for i in (ARRIVALS, LATE, LAUNCHES, DRAINS))
+        return Days(sums[:, PAID] * self.tick_s, *counts, sums[:, STANDBY] * self.tick_s)
 
     def times(self) -> Floats:
         """When each stretch begins, on the clock; the first one may begin before the run does."""

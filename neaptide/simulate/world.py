@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from neaptide.config import strict_yaml
 from neaptide.errors import ConfigError
+from neaptide.types import Standby
 
 Seconds = Annotated[float, Meta(gt=0, le=1e6)]
 Share = Annotated[float, Meta(gt=0, lt=1)]
@@ -30,6 +31,7 @@ class World(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     peak_quantile: Annotated[float, Meta(gt=0, le=1)] = 0.999
     slo: Share = 0.99
     seeds: Annotated[int, Meta(ge=1, le=1000)] = 5
+    standby: Standby = Standby()  # how many of what a policy lets go may stand by, and what one costs
 
     @property
     def held_ticks(self) -> int:
@@ -57,9 +59,11 @@ def read_world(path: Path | None = None) -> World:
     return checked(_world(strict_yaml(text, origin) or {}, origin), origin)
 
 
-def changed(world: World, *, cold_start_s: float | None = None, slo: float | None = None) -> World:
-    """The same with another cold start or SLO. ConfigError E105 where that cannot be."""
-    given = {"cold_start_s": cold_start_s, "slo": slo}
+def changed(
+    world: World, *, cold_start_s: float | None = None, slo: float | None = None, standby: Standby | None = None
+) -> World:
+    """The same with another cold start, SLO or warm pool. ConfigError E105 where that cannot be."""
+    given = {"cold_start_s": cold_start_s, "slo": slo, "standby": standby}
     tree = msgspec.structs.asdict(world) | {name: value for name, value in given.items() if value is not None}
     return checked(_world(tree, world.name), world.name)
 
@@ -71,7 +75,13 @@ def checked(world: World, origin: str) -> World:
             raise _wrong(f"{origin}: {name} {getattr(world, name):g} is no multiple of tick_s {world.tick_s:g}")
     if world.slack_s > world.tick_s or world.held_ticks < 1 or world.cold_ticks < 1:
         raise _wrong(f"{origin}: needs 0 <= slack_s <= tick_s <= service_s, cold_start_s")
+    if not is_sane(world.standby):
+        raise _wrong(f"{origin}: standby needs max 0 or more, rent over 0 and at most 1")
     return world
+
+
+def is_sane(standby: Standby) -> bool:
+    return standby.max >= 0 and 0 < standby.rent <= 1
 
 
 def _world(tree: object, origin: str) -> World:
