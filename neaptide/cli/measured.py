@@ -12,21 +12,26 @@ from neaptide.cli.words import say
 from neaptide.simulate.cold import Stage
 from neaptide.simulate.measured import Measured, Run, outcome
 from neaptide.simulate.settings import Setup
+from neaptide.types import Standby
 
 
-def booted(setup: Setup, cold_start_s: float | None) -> Setup:
-    """--cold-start-s stands above the setup's stages."""
-    if cold_start_s is None:
-        return setup
-    return msgspec.structs.replace(setup, boot=(Stage(name="start", seconds=cold_start_s),))
+def changed(setup: Setup, cold_start_s: float | None, standby: Standby | None) -> Setup:
+    """--cold-start-s and --standby stand above the setup's own."""
+    if cold_start_s is not None:
+        setup = msgspec.structs.replace(setup, boot=(Stage(name="start", seconds=cold_start_s),))
+    return setup if standby is None else msgspec.structs.replace(setup, standby=standby)
 
 
 def show(session: Session, found: Measured) -> None:
     if session.as_json:
         session.data(outcome(found))
         return
-    columns = ("policy", "target", "attainment", "hours", "events", "p50", "p99", "p50_tpot", "p99_tpot", "unserved")
-    table(_title(found), [say(f"simulate.col.{name}") for name in columns], [_row(run) for run in found.runs])
+    columns = ["policy", "target", "attainment", "hours", "events", "p50", "p99", "p50_tpot", "p99_tpot", "unserved"]
+    rows = [_row(run) for run in found.runs]
+    if found.setup.standby.max:
+        columns.append("standby")
+        rows = [[*row, f"{run.served.standby_hours:,.1f}"] for row, run in zip(rows, found.runs, strict=True)]
+    table(_title(found), [say(f"simulate.col.{name}") for name in columns], rows)
 
 
 def _row(run: Run) -> list[str]:

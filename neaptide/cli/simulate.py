@@ -29,7 +29,8 @@ from neaptide.simulate.settings import read_setup
 from neaptide.simulate.singly import MOST_REQUESTS, replayed_requests, singly
 from neaptide.simulate.tail import COLD_START_S, TailQuestion, compare_tail
 from neaptide.simulate.tail_bound import DEFINITION as TAIL_DEFINITION
-from neaptide.simulate.world import World, changed, read_world
+from neaptide.simulate.world import World, changed, is_sane, read_world
+from neaptide.types import Standby
 
 PRICED_SLOS = (0.95, 0.98, 0.99, 0.995, 0.999)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -44,6 +45,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--tune", metavar="FROM-TO", default="0-6", show_default=True, help=say("simulate.tune"))
 @click.option("--policy", "policies", metavar="NAMES", default="all", show_default=True, help=say("simulate.policy"))
 @click.option("--cold-start-s", type=float, metavar="S", help=say("simulate.cold_start"))
+@click.option("--standby", metavar="N[:RENT]", help=say("simulate.standby"))
 @click.option("--slo", type=float, metavar="SHARE", help=say("simulate.slo"))
 @click.option("--capacity", type=click.FloatRange(0, min_open=True), metavar="RPS", help=say("simulate.capacity"))
 @click.option("--world", "world_file", type=FILE, help=say("simulate.world"))
@@ -73,18 +75,19 @@ def simulate(
     tune: str, policies: str, cold_start_s: float | None, slo: float | None, capacity: float | None,
     world_file: Path | None, setup_file: Path | None, tier: str | None, seed: int, seeds: int,
     price_per_hour: float | None, currency: str, html: Path | None, in_parts: bool, tail: bool, tail_below: float,
-    pool: int,
+    pool: int, standby: str | None,
 ) -> None:  # fmt: skip
     if in_parts and tier not in (None, "fluid"):
         raise ConfigError(f"--parts is of the fluid tier, not of {tier}", code="E110", fix="leave out --tier")
-    if tail and (html or price_per_hour or tier or in_parts or policies != ALL):
-        fix = "leave out --policy, --tier, --parts, --price-per-hour and --html"
-        raise ConfigError("--tail has policies of its own, no tiers, no prices, no page", code="E110", fix=fix)
+    if tail and (html or price_per_hour or tier or in_parts or standby or policies != ALL):
+        fix = "leave out --policy, --tier, --parts, --standby, --price-per-hour and --html"
+        raise ConfigError("--tail has policies of its own, no tiers, no pool, no prices, no page", code="E110", fix=fix)
     if setup_file and (html or price_per_hour or in_parts or tail or history or world_file or capacity or seeds > 1):
-        fix = "of --policy, --from, --to, --tune, --tier, --cold-start-s, --slo and --seed only"
+        fix = "of --policy, --from, --to, --tune, --tier, --cold-start-s, --standby, --slo and --seed only"
         raise ConfigError("--setup is another world than the one these options are of", code="E110", fix=fix)
     names = chosen(name.strip() for name in policies.split(",") if name.strip())
-    world = changed(read_world(world_file), cold_start_s=None if setup_file else cold_start_s, slo=slo)
+    start_s, kept = None if setup_file else cold_start_s, standbys(standby)
+    world = changed(read_world(world_file), cold_start_s=start_s, slo=slo, standby=kept)
     tune_days = days(tune, "--tune")
     price = Price(price_per_hour, currency) if price_per_hour else None
     found = _read(session, path, series)
@@ -92,7 +95,7 @@ def simulate(
     rates = sources.rates(found, before, series or "")
     first, last = reported(rates, tune_days, first, last)
     if setup_file:
-        setup = on_setup.booted(read_setup(setup_file), cold_start_s)
+        setup = on_setup.changed(read_setup(setup_file), cold_start_s, kept)
         asked = SetupQuestion(
             policies=untuned(names), first_day=first, last_day=last, tune=tune_days, tier=single(tier), seed=seed
         )
@@ -160,6 +163,21 @@ def days(text: str, option: str) -> tuple[int, int]:
     return first, last
 
 
+def standbys(text: str | None) -> Standby | None:
+    """ "2:0.1" -> two at a tenth; "2" -> two at the default rent. ConfigError E110 otherwise."""
+    if text is None:
+        return None
+    count, _, rent = text.partition(":")
+    try:
+        kept = Standby(max=int(count), rent=float(rent) if rent else Standby().rent)
+    except ValueError:
+        kept = Standby(max=-1)
+    if not is_sane(kept):
+        what = f"--standby {text!r}: how many may stand by, and what one costs as a share of a replica"
+        raise ConfigError(what, code="E110", fix="--standby 2:0.1")
+    return kept
+
+
 def reported(rates: Rates, tune: tuple[int, int], first: int | None, last: int | None) -> tuple[int, int]:
     """The days to report. Without --from and --to those after the tuning days, or all where there are none."""
     present = rates.days
@@ -225,6 +243,8 @@ def _show(found: Comparison, price: Price | None) -> None:
     }
     if found.tier != "fluid":
         columns["p99"] = lambda row: span(row.p99_ttft_s)
+    if world.standby.max:
+        columns["standby"] = lambda row: f"{row.reported.standby_hours.mean():,.1f}"
     if price:
         columns["money"] = lambda row: price.text(price.a_day(found, row.reported))
     columns["verdict"] = lambda row: "" if found.reached(row.reported) else say("simulate.missed", slo=f"{world.slo:g}")
