@@ -278,7 +278,7 @@ class LocalDriver:
     async def _became_ready(self, w: Watched, path: Path) -> None:
         w.ready_s = mono_s() - w.status.started_mono_s
         await self._ask_about(w, path)
-        w.state = "ready"
+        w.state = "ready" if w.state == "starting" else w.state  # it may have been told to leave meanwhile
         self._later(self._start_next())
         self._on_change()
 
