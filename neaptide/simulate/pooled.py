@@ -1,6 +1,6 @@
 """The fluid service with a warm pool: what a policy lets go stands by, as control/standby.py decides it, a lane each.
 
-In arrays, since thousands of lanes cannot make nouns; a test holds both against each other.
+In arrays, since thousands of lanes cannot be nouns; a test holds both against each other.
 """
 
 from __future__ import annotations
