@@ -44,14 +44,20 @@ def fitted(folder: Folder, form: learn.Form | None) -> Fitted:
     rps = about.replicas * capacity(setup, about.in_tokens, about.out_tokens).rps
     alone = answered(levels[0].told)
     overhead_s = float(np.median(alone.ttft_s - first_tokens(traits, alone)))
-    by_level = {str(run.level): learn.read(folder.logs(run))[1] for run in levels}
     told = {
         "form": learnt.form, "steps": learnt.steps, "stalls": learnt.stalls, "stalled_s": learnt.stalled_s,
         "linear": learnt.linear._asdict(), "grid": learnt.grid._asdict(),
-        "levels": {level: diagnosis.error(traits.step, steps) for level, steps in by_level.items()},
+        "levels": by_level(folder, traits, again=False),
         "overhead_s": overhead_s, "capacity_rps": rps, "engine": msgspec.to_builtins(traits),
     }  # fmt: skip
     return Fitted(setup, overhead_s, rps, learn.read(logs)[1], told)
+
+
+def by_level(folder: Folder, traits: Traits, *, again: bool) -> dict[str, float | None]:
+    """What these step times say of each calibration's sum of steps, over what it took, less 1. `again`: of the one
+    after the runs. There as off as before: the formula; further off, all alike: the machine's speed has changed."""
+    steps = {str(run.level): learn.read(folder.logs(run))[1] for run in folder.levels(again=again)}
+    return {level: diagnosis.error(traits.step, its) for level, its in steps.items()}
 
 
 def first_tokens(traits: Traits, asked: Sent) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 DIR/about.json                        what was asked for
 DIR/level-8/told.json                 calibration: 8 requests in flight a replica, and what the client saw
+DIR/level-8-again/told.json           the same after the runs: was the machine still as fast?
 DIR/load-0.85-0/told.json             a run that is predicted: its load and seed, and what the client saw
 DIR/load-0.85-0/guide-0.steps.jsonl   the steps of that time, a replica's; `neaptide fit` reads it
 """
@@ -33,12 +34,15 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     told: dict[str, Any]
     seed: int
     level: int | None = None
+    again: bool = False  # a calibration after the runs, which the fit does not see
     load: float | None = None
     rps: float | None = None
 
     @property
     def name(self) -> str:
-        return f"level-{self.level}" if self.level is not None else f"load-{self.load:g}-{self.seed}"
+        if self.level is None:
+            return f"load-{self.load:g}-{self.seed}"
+        return f"level-{self.level}{'-again' if self.again else ''}"
 
 
 class Sent(NamedTuple):
@@ -96,9 +100,10 @@ class Folder:
             (here / log.name).write_bytes(cut(log, since_s))
         (here / "told.json").write_bytes(msgspec.json.encode(run))
 
-    def levels(self) -> list[Run]:
+    def levels(self, *, again: bool = False) -> list[Run]:
         """Calibrations, the least in flight first."""
-        return sorted((run for run in self._all() if run.level is not None), key=lambda run: run.level or 0)
+        found = (run for run in self._all() if run.level is not None and run.again == again)
+        return sorted(found, key=lambda run: run.level or 0)
 
     def runs(self) -> list[Run]:
         return sorted((run for run in self._all() if run.load is not None), key=lambda run: (run.load or 0.0, run.seed))

@@ -10,7 +10,8 @@ core 0, the engine has one thread on core 1 (with several replicas the engines a
 
 Before, in the same service: a closed loop at each of --levels requests in flight, whose step log is what the simulator
 learns the engine from. Of one in flight comes the one constant, what client, gateway and replica add to a first token:
-the median of measured less simulated. No run that is predicted takes part in either.
+the median of measured less simulated. No run that is predicted takes part in either. After the runs the closed loops
+are made again, which tells whether the machine was still as fast.
 
 The simulator's exact tier then gets the arrivals as they were sent, and their lengths. Goals: p50 and p90 of TTFT and
 TPOT within 10 %, p99 within 20 %; of each, the median of the runs counts and the worst is told (docs/decisions/0033).
@@ -33,7 +34,7 @@ from typing import Any
 import msgspec
 
 from bench import diagnosis, kit, trace
-from bench.prediction import Fitted, compared, fitted, judged
+from bench.prediction import Fitted, by_level, compared, fitted, judged
 from bench.recorded import About, Folder, Run, answered
 from neaptide.clock import wall_s
 from neaptide.models import directory
@@ -65,12 +66,12 @@ class Service:
         kit.pin(server.group("supervisor", "control", "gateway"), kit.LOAD_CORE)
         self._server, self._folder, self._model, self._whole = server, folder, model, whole
 
-    def calibrate(self, levels: Sequence[int], seconds: float) -> None:
+    def calibrate(self, levels: Sequence[int], seconds: float, *, again: bool = False) -> None:
         for level in levels:
             at_once, seed = level * self._folder.about.replicas, CALIBRATION_SEED + level
             asked = trace.some(self._whole, 64 + 40 * at_once, seed)
             plan = trace.plan(asked, self._model, seed, at_once=at_once, seconds=seconds)
-            self._kept(plan, seconds + REST_S, seed=seed, level=level)
+            self._kept(plan, seconds + REST_S, seed=seed, level=level, again=again)
             print(f"calibrated, {at_once} in flight", flush=True)
 
     def runs(self, loads: Sequence[float], seeds: int, capacity_rps: float) -> Iterator[Run]:
@@ -139,6 +140,15 @@ def tell(run: Run, found: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def steadiness(fit: Fitted, folder: Folder) -> dict[str, Any]:
+    """The fit's error on the calibration made again after the runs, told beside that on the one it was made of."""
+    after = by_level(folder, fit.setup.engine, again=True)
+    print("\nthe fit's error on its own calibration, and on the one after the runs:")
+    for level, error in after.items():
+        print(f"{level} in flight: {diagnosis.signed(fit.told['levels'][level])}, {diagnosis.signed(error)}")
+    return {"levels_again": after}
+
+
 def rows(loads: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Of a Markdown table: a row a load and quantile; values are the runs' medians."""
     found = []
@@ -165,7 +175,9 @@ def measured(args: argparse.Namespace, path: Path) -> dict[str, Any]:
         service = Service(server, folder, model, whole)
         service.calibrate(args.levels, args.calibrate_s)
         fit = fitted(folder, args.form)
-        return evaluated(fit, folder, service.runs(args.loads, args.runs, fit.capacity_rps))
+        found = evaluated(fit, folder, service.runs(args.loads, args.runs, fit.capacity_rps))
+        service.calibrate(args.levels, args.calibrate_s, again=True)
+    return found | steadiness(fit, folder)
 
 
 def shares(text: str) -> list[float]:
@@ -198,7 +210,8 @@ def main() -> None:
     with ExitStack() as stack:
         if args.kept is not None:
             folder = Folder.read(args.kept)
-            found = evaluated(fitted(folder, args.form), folder, folder.runs())
+            fit = fitted(folder, args.form)
+            found = evaluated(fit, folder, folder.runs()) | steadiness(fit, folder)
         else:
             path = args.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-truth-"))
             found = measured(args, Path(path))

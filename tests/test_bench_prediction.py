@@ -116,12 +116,14 @@ def test_a_folder_that_holds_something_is_not_written_to_and_one_without_runs_is
 def test_kept_runs_come_back_by_load_and_calibrations_by_level(tmp_path: Path) -> None:
     folder = Folder.begin(tmp_path / "kept", ABOUT)
     runs = [Run(told={}, seed=seed, load=load, rps=1.0) for load, seed in ((0.6, 1), (0.6, 0), (0.3, 0))]
-    for run in (*runs, Run(told={}, seed=7, level=16), Run(told={}, seed=6, level=4)):
+    levels = [Run(told={}, seed=level, level=level, again=again) for again in (True, False) for level in (16, 4)]
+    for run in (*runs, *levels):
         folder.keep(run, tmp_path, 0.0)
     again = Folder.read(tmp_path / "kept")
     assert again.about == ABOUT
     assert again.runs() == [runs[2], runs[1], runs[0]]
-    assert [run.level for run in again.levels()] == [4, 16]
+    assert again.levels() == [levels[3], levels[2]]
+    assert again.levels(again=True) == [levels[1], levels[0]]
 
 
 # ------------------------------------------------------------------------------------------------ the prediction
@@ -147,6 +149,16 @@ def test_a_machine_that_was_slower_than_in_calibration_shows_in_every_class_and_
         if one["steps"]:
             assert one["error"] == pytest.approx(1 / 1.1 - 1, abs=1e-6)
             assert one["calibration_error"] in (None, pytest.approx(0.0, abs=1e-6))
+
+
+def test_a_machine_that_has_become_slower_shows_in_the_calibration_after_the_runs(tmp_path: Path) -> None:
+    folder = experiment(tmp_path, REAL)
+    slower = Linear(**{name: 1.25 * value for name, value in msgspec.structs.asdict(STEP).items()})
+    later = msgspec.structs.replace(REAL, step=slower)
+    kept(folder, tmp_path / "log", chat(150, 8.0, 2), later, seed=2, level=8, again=True)
+    fit = fitted(folder, "linear")
+    assert fit.told["levels"] == pytest.approx({"1": 0.0, "8": 0.0}, abs=1e-6)
+    assert truth.steadiness(fit, folder)["levels_again"] == pytest.approx({"8": 1 / 1.25 - 1})
 
 
 def test_another_schedule_shows_in_the_steps_that_were_run_and_with_its_own_steps_too(tmp_path: Path) -> None:
