@@ -57,7 +57,7 @@ def by_level(folder: Folder, traits: Traits, *, again: bool) -> dict[str, float 
     """What these step times say of each calibration's sum of steps, over what it took, less 1. `again`: of the one
     after the runs. There as off as before: the formula; further off, all alike: the machine's speed has changed."""
     steps = {str(run.level): learn.read(folder.logs(run))[1] for run in folder.levels(again=again)}
-    return {level: diagnosis.error(traits.step, its) for level, its in steps.items()}
+    return {level: diagnosis.error(traits.step, learn.calm(traits.step, its)[0]) for level, its in steps.items()}
 
 
 def first_tokens(traits: Traits, asked: Sent) -> NDArray[np.float64]:
@@ -100,6 +100,7 @@ def compared(fit: Fitted, asked: Sent, logs: Sequence[Path]) -> dict[str, Any]:
         "error_with_own_steps": errors(by_own, real),
         "load_real": diagnosis.load_of(ran, span_s),
         "load_simulated": diagnosis.load_of(instead, span_s),
+        "stalled_s": float(learn.calm(step, ran)[1].seconds.sum()),
         "classes": diagnosis.classes(step, ran, fit.calibration, instead),
     }
 

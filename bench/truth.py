@@ -136,6 +136,7 @@ def tell(run: Run, found: dict[str, Any]) -> None:
     for side in ("real", "simulated"):
         load = found[f"load_{side}"]
         print(f"{side}: busy {100 * load['busy']:.1f} %, {load['batch']:.2f} requests decode in a step on average")
+    print(f"{found['stalled_s']:.2f} s of the real steps were stalls, which the table leaves out")
     kit.table(diagnosis.HEAD, diagnosis.rows(found["classes"]))
     sys.stdout.flush()
 

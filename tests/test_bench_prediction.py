@@ -133,6 +133,7 @@ def test_a_service_that_does_what_is_simulated_and_a_constant_is_predicted_witho
     found = predicted(tmp_path, REAL)
     assert set(found["error"]) == {f"p{q}_{what}" for q in (50, 90, 99) for what in ("ttft_s", "tpot_s")}
     assert max(abs(error) for error in found["error"].values()) < 1e-6
+    assert found["stalled_s"] == 0.0
     assert found["load_simulated"] == pytest.approx(found["load_real"], rel=1e-6)
     for one in found["classes"]:
         assert (one["simulated_steps"], one["error"]) == (one["steps"], pytest.approx(0.0, abs=1e-6))
