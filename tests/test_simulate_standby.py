@@ -16,11 +16,12 @@ from neaptide.control.policy import Floats, Seen, State
 from neaptide.errors import ConfigError
 from neaptide.simulate.arrivals import Requests
 from neaptide.simulate.cold import Stage
-from neaptide.simulate.compare import Question, compare
+from neaptide.simulate.compare import Comparison, Question, compare
 from neaptide.simulate.engine import Traits
 from neaptide.simulate.fluid import Days, Entry, run
 from neaptide.simulate.outcome import outcome
 from neaptide.simulate.replay import Replay, Tier, replay
+from neaptide.simulate.report import page
 from neaptide.simulate.served import Served
 from neaptide.simulate.settings import Setup, of_world, read_setup
 from neaptide.simulate.singly import singly
@@ -198,16 +199,16 @@ def test_both_tiers_launch_drain_and_pay_the_same(wants: list[int], beside: list
 # ------------------------------------------------------------------------------------------------- told
 
 
-def compared(tier: str, standby: Standby) -> dict[str, Any]:
-    rates = synthetic("on-off", mean_rps=3.0, days=0.5, seed=1)
+def compared(tier: str, standby: Standby, days: float = 0.5) -> Comparison:
+    rates = synthetic("on-off", mean_rps=3.0, days=days, seed=1)
     asked = Question(policies=("neaptide",), first_day=0, last_day=0, tune=(0, 0), capacity_rps=1.0)
     found = compare(changed(World(), standby=standby), rates, asked)
-    return outcome(found if tier == "fluid" else singly(found, "fast"))
+    return found if tier == "fluid" else singly(found, "fast")
 
 
 @pytest.mark.parametrize("tier", ["fluid", "fast"])
 def test_a_comparison_says_what_a_warm_pool_saves_and_costs(tier: str) -> None:
-    kept, none = compared(tier, Standby(max=2, rent=0.1)), compared(tier, Standby())
+    kept, none = (outcome(compared(tier, standby)) for standby in (Standby(max=2, rent=0.1), Standby()))
     (with_pool,), (without,) = kept["policies"], none["policies"]
     assert with_pool["standby_hours"] > 0
     assert with_pool["standby_paid_hours"] == pytest.approx(0.1 * with_pool["standby_hours"])
@@ -215,6 +216,13 @@ def test_a_comparison_says_what_a_warm_pool_saves_and_costs(tier: str) -> None:
     assert with_pool["scale_events"] < without["scale_events"]
     assert with_pool["attainment"] >= without["attainment"]
     assert kept["bound"] == none["bound"]
+
+
+@pytest.mark.parametrize(("most", "is_told"), [(2, True), (0, False)])
+def test_the_page_tells_of_a_pool_where_there_is_one(most: int, is_told: bool) -> None:
+    text = page(compared("fluid", Standby(max=most, rent=0.25), days=0.05))
+    assert ("standby-hours a day" in text) == is_told
+    assert (f"{most} × 0.25" in text) == is_told
 
 
 def test_the_command_line_takes_a_warm_pool_and_shows_its_hours() -> None:

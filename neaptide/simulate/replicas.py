@@ -85,7 +85,8 @@ class Replicas:
         replica.stages = remaining(self._setup.boot, warm=warm, spared=spared)
         self.starting.append(replica)
         takes_s = boot_s(replica.stages) if fate.ready_s is None else fate.ready_s
-        for after_s, what in ((takes_s, "ready"), (fate.hangs_s, "hang"), (fate.dies_s, "die")):
+        due: tuple[tuple[float, What], ...] = ((takes_s, "ready"), (fate.hangs_s, "hang"), (fate.dies_s, "die"))
+        for after_s, what in due:
             self._at(now_s + after_s, what, replica)
         return replica
 

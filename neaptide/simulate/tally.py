@@ -48,8 +48,8 @@ class Tally:
         """[days of the clock, lanes], from `first_day` on."""
         edges = np.arange(0, len(self.sums), round(DAY_S / self.stretch_s))
         sums = np.add.reduceat(self.sums[:, :, lanes], edges, axis=0)
-        counts = (sums[:, i] for i in (ARRIVALS, LATE, LAUNCHES, DRAINS))
-        return Days(sums[:, PAID] * self.tick_s, *counts, sums[:, STANDBY] * self.tick_s)
+        sums[:, [PAID, STANDBY]] *= self.tick_s
+        return Days(*(sums[:, i] for i in (PAID, ARRIVALS, LATE, LAUNCHES, DRAINS, STANDBY)))
 
     def times(self) -> Floats:
         """When each stretch begins, on the clock; the first one may begin before the run does."""
