@@ -169,16 +169,20 @@ def without_memory(setup: Traits) -> Traits:
         ("prefixes", Traits(kv_tokens=100_000), 40, (10.0, 30.0, 45.0)),
     ],
 )
-def test_fast_is_within_three_percent_of_exact_at_the_99th_percentile(
+def test_fast_is_within_three_percent_of_exact_at_the_99th_percentile_in_the_median_of_three_draws(
     name: str, setup: Traits, users: int, loads: tuple[float, ...]
 ) -> None:
     for rps in loads:
-        asked = chat(1200, rps, 5, prompt=500.0, out=120.0, users=users)
-        fast, exact = (served(kind, setup, asked)[0] for kind in (Fast, Exact))
-        for book in (fast, exact):
-            assert not np.isnan(book.finish_s).any()
-        assert np.quantile(ttft(fast), 0.99) == pytest.approx(np.quantile(ttft(exact), 0.99), rel=0.03)
-        assert np.sum(fast.cached) == pytest.approx(np.sum(exact.cached), rel=0.03)
+        apart = []
+        for seed in (5, 6, 7):
+            asked = chat(1200, rps, seed, prompt=500.0, out=120.0, users=users)
+            fast, exact = (served(kind, setup, asked)[0] for kind in (Fast, Exact))
+            for book in (fast, exact):
+                assert not np.isnan(book.finish_s).any()
+            apart.append(np.quantile(ttft(fast), 0.99) / np.quantile(ttft(exact), 0.99) - 1)
+            assert np.sum(fast.cached) == pytest.approx(np.sum(exact.cached), rel=0.03)
+        assert np.median(np.abs(apart)) <= 0.03, apart
+        assert max(np.abs(apart)) <= 0.06, apart
 
 
 @given(rows(), traits(step=STEP, prefix_block_tokens=16), st.randoms(use_true_random=False))
