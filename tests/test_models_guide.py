@@ -93,7 +93,7 @@ def test_a_fifth_of_the_turns_are_to_be_declined_and_bookings_and_follow_ups_are
     declined = sum("don't know" in r or "不知道" in r for r in replies)
     assert 0.12 < declined / len(replies) < 0.22
     assert sum(c["kind"] == "booking" for c in conversations) > 150
-    more = {a for t in topics() for lang in ("en", "zh") for a in t[f"{lang}_more_answers"]}
+    more = {a for t in topics() for lang in ("en", "zh") for a in t.get(f"{lang}_more_answers", ())}
     assert sum(r in more for r in replies) > 150
 
 
