@@ -28,8 +28,10 @@ from neaptide.cli import client
 from neaptide.control.port import NewOverride, ScaleRow, Status
 
 MOST = 1000  # the config's maximum: what is asked for is set by hand
-BETWEEN_S = 0.005  # two requests while replicas start, so that sending them takes little of the processor
+BETWEEN_S = 0.005  # two requests once all are ready
+STARTING_S = 0.05  # while replicas start: answering and metering takes processor time from the starts
 LOOK_S = 0.2  # into the access log
+COUNT_S = 1.0  # of the ready ones, meanwhile
 LIMIT_S = 300.0
 MARKS = (0.01, 0.1, 0.5, 0.9, 1.0)  # shares of the replicas
 GOAL_SCALE_OUT_S, GOAL_FROM_ZERO_S = 45.0, 2.0  # the first on two cores
@@ -101,6 +103,10 @@ def set_count(admin: client.Admin, model: str, count: int) -> None:
     admin.call("POST", "scale/override", ScaleRow, body=body)
 
 
+def ready_now(admin: client.Admin) -> int:
+    return sum(replica.state == "ready" for replica in admin.call("GET", "status", Status).replicas)
+
+
 def to_zero(admin: client.Admin, model: str) -> None:
     set_count(admin, model, 0)
     kit.wait_for(lambda: not admin.call("GET", "status", Status).replicas, 60.0, f"{model} at zero")
@@ -127,12 +133,15 @@ def scale_out(replicas: int) -> dict[str, Any]:
         before = {role: kit.cpu_s(server.group(role)) for role in ROLES} | {"this": time.process_time()}
         began_s = time.monotonic()
         set_count(admin, "echo", replicas)
+        ready, counted_s = 0, began_s
         while len(answers.first_s) < replicas:
             answers.ask()
             answers.look()
+            if ready < replicas and time.monotonic() > counted_s + COUNT_S:
+                ready, counted_s = ready_now(admin), time.monotonic()
             if time.monotonic() > began_s + LIMIT_S:
                 raise kit.BenchError(f"{len(answers.first_s)} of {replicas} replicas answered in {LIMIT_S:.0f} s")
-            time.sleep(BETWEEN_S)
+            time.sleep(BETWEEN_S if ready >= replicas else STARTING_S)
         cpu_s = {role: kit.cpu_s(server.group(role)) - before[role] for role in ROLES}
         cpu_s |= replica_cpu_s(server) | {"this": time.process_time() - before["this"]}
         rss_mib = kit.rss_mib(kit.tree(server.group("supervisor")))
