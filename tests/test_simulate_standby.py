@@ -199,10 +199,10 @@ def test_both_tiers_launch_drain_and_pay_the_same(wants: list[int], beside: list
 # ------------------------------------------------------------------------------------------------- told
 
 
-def compared(tier: str, standby: Standby, days: float = 0.5) -> Comparison:
+def compared(tier: str, standby: Standby, days: float = 0.25) -> Comparison:
     rates = synthetic("on-off", mean_rps=3.0, days=days, seed=1)
     asked = Question(policies=("neaptide",), first_day=0, last_day=0, tune=(0, 0), capacity_rps=1.0)
-    found = compare(changed(World(), standby=standby), rates, asked)
+    found = compare(changed(World(seeds=1), standby=standby), rates, asked)
     return found if tier == "fluid" else singly(found, "fast")
 
 
@@ -227,7 +227,7 @@ def test_the_page_tells_of_a_pool_where_there_is_one(most: int, is_told: bool) -
 
 def test_the_command_line_takes_a_warm_pool_and_shows_its_hours() -> None:
     told = cli(
-        "simulate", "--arrivals", "synthetic:on-off,mean_rps=3,days=1", "--from", "0", "--tune", "0-0", "--capacity",
+        "simulate", "--arrivals", "synthetic:on-off,mean_rps=3,days=0.1", "--from", "0", "--tune", "0-0", "--capacity",
         "1", "--policy", "neaptide", "--tier", "fluid", "--standby", "2:0.1",
     )  # fmt: skip
     assert told.returncode == 0, told.stderr
