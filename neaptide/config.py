@@ -390,7 +390,7 @@ def _check_scale(s: Scale, key: str) -> None:
             raise ConfigError(f"{key}.{name}: {price:g}", code="E108", fix="0 or more")
     if s.budget_per_hour is not None and not s.price_per_hour:
         raise ConfigError(f"{key}: a budget without a price", code="E108", fix=f"add {key}.price_per_hour")
-    if s.standby.max < 0 or not 0 < s.standby.rent <= 1:
+    if not s.standby.is_sane:
         what = f"{key}.standby: max {s.standby.max}, rent {s.standby.rent:g}"
         raise ConfigError(what, code="E108", fix="max: 0 or more; rent: over 0, at most 1, such as 0.1")
     if bool(s.rules) != (s.policy == "thresholds"):

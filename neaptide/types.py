@@ -184,6 +184,10 @@ class Standby(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max: int = 0  # at most so many; never more than `scale.max` together with the others
     rent: float = 0.1  # what one costs, as a share of a replica that serves
 
+    @property
+    def is_sane(self) -> bool:
+        return self.max >= 0 and 0 < self.rent <= 1
+
 
 class Scale(Noun, frozen=True, kw_only=True, forbid_unknown_fields=True):
     min: int = 1

@@ -29,7 +29,7 @@ from neaptide.simulate.settings import read_setup
 from neaptide.simulate.singly import MOST_REQUESTS, replayed_requests, singly
 from neaptide.simulate.tail import COLD_START_S, TailQuestion, compare_tail
 from neaptide.simulate.tail_bound import DEFINITION as TAIL_DEFINITION
-from neaptide.simulate.world import World, changed, is_sane, read_world
+from neaptide.simulate.world import World, changed, read_world
 from neaptide.types import Standby
 
 PRICED_SLOS = (0.95, 0.98, 0.99, 0.995, 0.999)
@@ -172,7 +172,7 @@ def standbys(text: str | None) -> Standby | None:
         kept = Standby(max=int(count), rent=float(rent) if rent else Standby().rent)
     except ValueError:
         kept = Standby(max=-1)
-    if not is_sane(kept):
+    if not kept.is_sane:
         what = f"--standby {text!r}: how many may stand by, and what one costs as a share of a replica"
         raise ConfigError(what, code="E110", fix="--standby 2:0.1")
     return kept

@@ -14,7 +14,7 @@ from neaptide.simulate.engine import Traits
 from neaptide.simulate.routes import RouteName
 from neaptide.simulate.spot import Spot
 from neaptide.simulate.steps import Linear, pairs_of, piece_at
-from neaptide.simulate.world import World, is_sane
+from neaptide.simulate.world import World
 from neaptide.types import Standby
 
 FLUID_STEPS = 500  # in which a request of the fluid world is served
@@ -50,7 +50,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ValueError("in_tokens, out_tokens and max_replicas are 1 or more, replicas 0 or more")
         if self.capacity_rps is not None and self.capacity_rps <= 0:
             raise ValueError("capacity_rps is over 0")
-        if not is_sane(self.standby):
+        if not self.standby.is_sane:
             raise ValueError("standby.max is 0 or more, standby.rent over 0 and at most 1")
 
     @property

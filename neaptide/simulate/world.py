@@ -75,13 +75,9 @@ def checked(world: World, origin: str) -> World:
             raise _wrong(f"{origin}: {name} {getattr(world, name):g} is no multiple of tick_s {world.tick_s:g}")
     if world.slack_s > world.tick_s or world.held_ticks < 1 or world.cold_ticks < 1:
         raise _wrong(f"{origin}: needs 0 <= slack_s <= tick_s <= service_s, cold_start_s")
-    if not is_sane(world.standby):
+    if not world.standby.is_sane:
         raise _wrong(f"{origin}: standby needs max 0 or more, rent over 0 and at most 1")
     return world
-
-
-def is_sane(standby: Standby) -> bool:
-    return standby.max >= 0 and 0 < standby.rent <= 1
 
 
 def _world(tree: object, origin: str) -> World:

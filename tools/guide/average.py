@@ -18,6 +18,7 @@ from torch import Tensor
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights in f32 by name, and the metadata, which has the shape."""
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name).float() for name in file.keys()}, file.metadata()  # noqa: SIM118
 

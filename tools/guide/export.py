@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from neaptide.models.convert import convert
+from tools.guide.average import read
 from tools.guide.model import Guide, Shape, write_config
 
 LARGEST_BYTES = 10_000_000  # of the shipped directory
@@ -30,9 +30,8 @@ def hugging_face(weights: Path, tokenizer: Path, out: Path) -> None:
     """LlamaForCausalLM's files in `out`, replaced if there."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    with safe_open(weights, "pt") as file:
-        shape = Shape(**json.loads(file.metadata()["shape"]))
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118  (no mapping)
+    state, about = read(weights)
+    shape = Shape(**json.loads(about["shape"]))
     Guide(shape).load_state_dict(state)  # a missing or foreign name stops here
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     write_config(shape, out)
