@@ -4,8 +4,8 @@ Steps are told apart by what is in them, prompts alone, decoding alone or both; 
 (and those that go on with one), the others by how many requests decode. Of each class:
 
     error        what the fit says of the run's own steps, over what they took, less 1
-    calibration  the same of the steps that it was fitted to. As far off there: the formula does not suit the class. Not
-                 off there, and every class alike in the run: the machine was faster or slower than in calibration.
+    fitted       the same of the steps that it was fitted to. As far off there: the formula does not suit the class. Not
+                 off there, and every class alike in the run: the machine was faster or slower than then.
     simulated    the steps that the simulator ran instead, and what they took: here the schedule shows
 """
 
@@ -26,7 +26,7 @@ from neaptide.simulate.steps import Grid, Linear, Piece
 
 BATCHES = (1, 2, 4, 8, 16, 32, math.inf)
 PROMPTS = (1, 256, 512, 1024, math.inf)  # tokens
-HEAD = ("steps with", "real", "seconds", "error of the fit", "in calibration", "simulated", "seconds")
+HEAD = ("steps with", "real", "seconds", "error of the fit", "where it was fitted", "simulated", "seconds")
 Class = dict[str, Any]
 Mask = NDArray[np.bool_]
 
@@ -37,6 +37,7 @@ class Witness:
     def __init__(self, step: Linear | Grid) -> None:
         self._step = step
         self._rows: list[tuple[float, ...]] = []
+        self.prefill_base_s = step.prefill_base_s
         self.prefill_token_s, self.prefill_pair_s = step.prefill_token_s, step.prefill_pair_s
 
     def pieces(self, batch: int) -> tuple[Piece, ...]:
@@ -57,10 +58,10 @@ def load_of(steps: Steps, span_s: float) -> dict[str, float]:
     return {"busy": busy_s / span_s, "batch": float(steps.batch @ steps.seconds) / busy_s}
 
 
-def classes(step: Linear | Grid, real: Steps, calibration: Steps, simulated: Steps) -> list[Class]:
+def classes(step: Linear | Grid, real: Steps, fitted: Steps, simulated: Steps) -> list[Class]:
     """Of those that have steps on either side; stalls, by the fit's own measure, are nobody's."""
-    real, calibration = (learn.calm(step, steps)[0] for steps in (real, calibration))
-    masks = [_masks(steps) for steps in (real, calibration, simulated)]
+    real, fitted = (learn.calm(step, steps)[0] for steps in (real, fitted))
+    masks = [_masks(steps) for steps in (real, fitted, simulated)]
     found = []
     for name in masks[0]:
         ours, theirs, instead = (mask[name] for mask in masks)
@@ -68,7 +69,7 @@ def classes(step: Linear | Grid, real: Steps, calibration: Steps, simulated: Ste
             found.append(
                 {
                     "class": name, "steps": int(ours.sum()), "real_s": float(real.seconds[ours].sum()),
-                    "error": error(step, real.take(ours)), "calibration_error": error(step, calibration.take(theirs)),
+                    "error": error(step, real.take(ours)), "fitted_error": error(step, fitted.take(theirs)),
                     "simulated_steps": int(instead.sum()), "simulated_s": float(simulated.seconds[instead].sum()),
                 }
             )  # fmt: skip
@@ -80,7 +81,7 @@ def rows(found: list[Class]) -> list[list[str]]:
     return [
         [
             one["class"], f"{one['steps']:d}", f"{one['real_s']:.1f}", signed(one["error"]),
-            signed(one["calibration_error"]), f"{one['simulated_steps']:d}", f"{one['simulated_s']:.1f}",
+            signed(one["fitted_error"]), f"{one['simulated_steps']:d}", f"{one['simulated_s']:.1f}",
         ]
         for one in found
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the simulator says of a kept run: an engine learnt from the calibration, the run's arrivals, what came of both.
+"""What the simulator says of a kept run: an engine learnt from other step logs, the run's arrivals, what came of both.
 
 Pure: everything comes out of kept files.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench import diagnosis, kit
-from bench.recorded import Folder, Sent, answered
+from bench.recorded import About, Folder, Run, Sent, answered
 from neaptide.simulate import learn
 from neaptide.simulate.arrivals import Requests
 from neaptide.simulate.engine import Traits
@@ -22,35 +22,59 @@ from neaptide.simulate.replay import replay
 from neaptide.simulate.settings import Setup, capacity
 
 GOALS = {0.5: 0.10, 0.9: 0.10, 0.99: 0.20}  # relative error of each quantile
-APART_S = 1000.0  # between requests that are simulated alone
 Quantiles = dict[str, float]  # by name: p50_ttft_s ...
 
 
 class Fitted(NamedTuple):
+    """What predicts: an engine learnt from step logs, and a constant."""
+
     setup: Setup
     overhead_s: float  # added to a first token by what is not simulated
-    capacity_rps: float  # of all replicas
-    calibration: learn.Steps
-    told: dict[str, Any]
+    steps: learn.Steps  # that it was learnt from
+    learnt: learn.Learnt
 
 
-def fitted(folder: Folder, form: learn.Form | None) -> Fitted:
-    """From the folder's calibration."""
-    levels, about = folder.levels(), folder.about
-    logs = folder.logs(*levels)
+def calibrated(folder: Folder, form: learn.Form | None) -> Fitted:
+    """From the closed loops before the runs."""
+    levels = folder.levels()
+    return learnt_from(folder, folder.logs(*levels), overhead_s(folder, levels[0]), form)
+
+
+def from_others(folder: Folder, run: Run, fit: Fitted, form: learn.Form | None) -> Fitted | None:
+    """From the step logs of all runs but this one; the constant stays. None: there is no other."""
+    logs = folder.logs(*(other for other in folder.runs() if other.name != run.name))
+    return learnt_from(folder, logs, fit.overhead_s, form) if logs else None
+
+
+def learnt_from(folder: Folder, logs: Sequence[Path], overhead_s: float, form: learn.Form | None) -> Fitted:
     traits, learnt = learn.engine(logs, form)
     assert learnt is not None  # a log of ours
-    setup = Setup(engine=traits, replicas=about.replicas)
-    rps = about.replicas * capacity(setup, about.in_tokens, about.out_tokens).rps
-    alone = answered(levels[0].told)
-    overhead_s = float(np.median(alone.ttft_s - first_tokens(traits, alone)))
-    told = {
+    setup = Setup(engine=traits, replicas=folder.about.replicas)
+    return Fitted(setup, overhead_s, learn.read(logs)[1], learnt)
+
+
+def overhead_s(folder: Folder, alone: Run) -> float:
+    """What client, gateway and replica add to a first token, on average: of requests sent one at a time, the time to
+    it less the steps that held their prompts, as logged. No formula takes part."""
+    asked, (_, steps) = answered(alone.told), learn.read(folder.logs(alone))
+    prompts = steps.take(steps.prefill > 0)
+    return float(asked.ttft_s.mean() - prompts.seconds.sum() / len(asked.t_s))
+
+
+def capacity_rps(fit: Fitted, about: About) -> float:
+    """Of all replicas, at the trace's mean lengths."""
+    return about.replicas * capacity(fit.setup, about.in_tokens, about.out_tokens).rps
+
+
+def told(fit: Fitted, folder: Folder) -> dict[str, Any]:
+    learnt, traits = fit.learnt, fit.setup.engine
+    return {
         "form": learnt.form, "steps": learnt.steps, "stalls": learnt.stalls, "stalled_s": learnt.stalled_s,
         "linear": learnt.linear._asdict(), "grid": learnt.grid._asdict(),
-        "levels": by_level(folder, traits, again=False),
-        "overhead_s": overhead_s, "capacity_rps": rps, "engine": msgspec.to_builtins(traits),
+        "levels": by_level(folder, traits, again=False), "levels_again": by_level(folder, traits, again=True),
+        "overhead_s": fit.overhead_s, "capacity_rps": capacity_rps(fit, folder.about),
+        "engine": msgspec.to_builtins(traits),
     }  # fmt: skip
-    return Fitted(setup, overhead_s, rps, learn.read(logs)[1], told)
 
 
 def by_level(folder: Folder, traits: Traits, *, again: bool) -> dict[str, float | None]:
@@ -58,13 +82,6 @@ def by_level(folder: Folder, traits: Traits, *, again: bool) -> dict[str, float 
     after the runs. There as off as before: the formula; further off, all alike: the machine's speed has changed."""
     steps = {str(run.level): learn.read(folder.logs(run))[1] for run in folder.levels(again=again)}
     return {level: diagnosis.error(traits.step, learn.calm(traits.step, its)[0]) for level, its in steps.items()}
-
-
-def first_tokens(traits: Traits, asked: Sent) -> NDArray[np.float64]:
-    """Simulated TTFT of each request with nobody beside it."""
-    t_s = np.arange(len(asked.t_s)) * APART_S
-    alone = Requests(t_s=t_s, in_tokens=asked.in_tokens, out_tokens=np.ones_like(asked.out_tokens))
-    return replay(alone, Setup(engine=traits, replicas=1), tier="exact").ttft_s
 
 
 def simulated(setup: Setup, overhead_s: float, asked: Sent) -> tuple[Quantiles, learn.Steps]:
@@ -85,24 +102,31 @@ def errors(simulated: Quantiles, real: Quantiles) -> Quantiles:
     return {name: simulated[name] / value - 1 for name, value in real.items()}
 
 
-def compared(fit: Fitted, asked: Sent, logs: Sequence[Path]) -> dict[str, Any]:
-    """Quantiles of both sides, the simulated ones' relative errors, and where these come from. `logs`: of the run."""
+def compared(folder: Folder, run: Run, fit: Fitted, form: learn.Form | None) -> dict[str, Any]:
+    """Quantiles of both sides, the simulated ones' relative errors, and where these come from. `fit`: the
+    calibration's, which predicts where there is no other run to learn from."""
+    asked, logs = answered(run.told), folder.logs(run)
     real = quantiles(asked.ttft_s, asked.tpot_s)
-    predicted, instead = simulated(fit.setup, fit.overhead_s, asked)
-    own, _ = learn.engine(logs, fit.told["form"])
-    by_own, _ = simulated(msgspec.structs.replace(fit.setup, engine=own), fit.overhead_s, asked)
+    others = from_others(folder, run, fit, form)
+    by = others or fit
+    predicted, instead = simulated(by.setup, by.overhead_s, asked)
+    before, _ = simulated(fit.setup, fit.overhead_s, asked)
+    own, _ = simulated(learnt_from(folder, logs, fit.overhead_s, form).setup, fit.overhead_s, asked)
     _, ran = learn.read(logs)
-    step, span_s = fit.setup.engine.step, asked.told["wall_s"] * (fit.setup.replicas or 1)
+    step, span_s = by.setup.engine.step, asked.told["wall_s"] * folder.about.replicas
     return {
+        "seed": run.seed, "rps": run.rps, **asked.told,
+        "predicted_by": "other runs" if others else "calibration", "form": by.learnt.form,
         "real": real,
         "simulated": predicted,
         "error": errors(predicted, real),
-        "error_with_own_steps": errors(by_own, real),
+        "error_by_calibration": errors(before, real),
+        "error_with_own_steps": errors(own, real),
         "load_real": diagnosis.load_of(ran, span_s),
         "load_simulated": diagnosis.load_of(instead, span_s),
         "stalled_s": float(learn.calm(step, ran)[1].seconds.sum()),
-        "classes": diagnosis.classes(step, ran, fit.calibration, instead),
-    }
+        "classes": diagnosis.classes(step, ran, by.steps, instead),
+    }  # fmt: skip
 
 
 def judged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

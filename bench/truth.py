@@ -8,15 +8,15 @@ serve. Prompts are random token ids, lengths the trace's (clipped to the guide's
 open-loop client in a process of its own sends them (bench/openloop.py); gateway, control, replica I/O and client share
 core 0, the engine has one thread on core 1 (with several replicas the engines are not pinned).
 
-Before, in the same service: a closed loop at each of --levels requests in flight, whose step log is what the simulator
-learns the engine from. Of one in flight comes the one constant, what client, gateway and replica add to a first token:
-the median of measured less simulated. No run that is predicted takes part in either. After the runs the closed loops
-are made again, which tells whether the machine was still as fast.
+The simulator learns the engine from the service's step log as it served the other runs: a run takes no part in its own
+prediction. Of one request in flight comes the one constant, what client, gateway and replica add to a first token.
+Before all runs, in the same service, a closed loop at each of --levels requests in flight says how much a replica can
+serve, and stands in where there is no other run; after them it is made again: was the machine still as fast?
 
 The simulator's exact tier then gets the arrivals as they were sent, and their lengths. Goals: p50 and p90 of TTFT and
 TPOT within 10 %, p99 within 20 %; of each, the median of the runs counts and the worst is told (docs/decisions/0033).
-Of each run it is also told where the error comes from (bench/diagnosis.py), and what it would have been with the step
-times of the run itself, which is no prediction: what is left then is the schedule's.
+Of each run it is also told where the error comes from (bench/diagnosis.py), what it is by the calibration alone, and
+with the step times of the run itself, which is no prediction: what is left then is the schedule's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,13 @@ from typing import Any
 import msgspec
 
 from bench import diagnosis, kit, trace
-from bench.prediction import Fitted, by_level, compared, fitted, judged
-from bench.recorded import About, Folder, Run, answered
+from bench.prediction import calibrated, capacity_rps, compared, judged, told
+from bench.recorded import About, Folder, Run
 from neaptide.clock import wall_s
 from neaptide.models import directory
 from neaptide.simulate.arrivals import Requests
 from neaptide.simulate.formats import read
+from neaptide.simulate.learn import Form
 
 GUIDE = kit.ROOT / "neaptide" / "models" / "guide"
 AZURE = kit.ROOT / "examples" / "data" / "azure_llm_2023_conv.parquet"
@@ -74,19 +75,20 @@ class Service:
             self._kept(plan, seconds + REST_S, seed=seed, level=level, again=again)
             print(f"calibrated, {at_once} in flight", flush=True)
 
-    def runs(self, loads: Sequence[float], seeds: int, capacity_rps: float) -> Iterator[Run]:
+    def run(self, loads: Sequence[float], seeds: int, rps: float) -> None:
+        """All loads in turn, and again, so that a machine that becomes slower does so to each."""
         span_s = 60 * self._folder.about.minutes
-        for load in loads:
-            for seed in range(seeds):
-                asked = trace.stretch(self._whole, span_s, load * capacity_rps, seed)
+        for seed in range(seeds):
+            for load in loads:
+                asked = trace.stretch(self._whole, span_s, load * rps, seed)
                 plan = trace.plan(asked, self._model, seed)
-                yield self._kept(plan, span_s + REST_S, seed=seed, load=load, rps=load * capacity_rps)
+                self._kept(plan, span_s + REST_S, seed=seed, load=load, rps=load * rps)
+                print(f"run {seed + 1} of {seeds} at {load:g}: {len(plan['requests'])} requests", flush=True)
 
-    def _kept(self, plan: dict[str, Any], limit_s: float, **about: Any) -> Run:
+    def _kept(self, plan: dict[str, Any], limit_s: float, **about: Any) -> None:
         since_s = wall_s()
         run = Run(told=sent(self._server, plan, limit_s), **about)
         self._folder.keep(run, self._server.state / "log", since_s)
-        return run
 
 
 def sent(server: kit.Up, plan: dict[str, Any], limit_s: float) -> dict[str, Any]:
@@ -115,23 +117,32 @@ def sent(server: kit.Up, plan: dict[str, Any], limit_s: float) -> dict[str, Any]
 # ------------------------------------------------------------------------------------------------ the experiment
 
 
-def evaluated(fit: Fitted, folder: Folder, runs: Iterable[Run]) -> dict[str, Any]:
-    """All that comes out; each run is told as it is done."""
-    print(json.dumps(fit.told), flush=True)
+def evaluated(folder: Folder, form: Form | None) -> dict[str, Any]:
+    """All that comes out of the kept runs."""
+    fit = calibrated(folder, form)
+    fit_told = told(fit, folder)
+    tell_calibration(fit_told)
     by_load: dict[float, list[dict[str, Any]]] = {}
-    for run in runs:
-        asked = answered(run.told)
-        found = {"seed": run.seed, "rps": run.rps, **asked.told, **compared(fit, asked, folder.logs(run))}
+    for run in folder.runs():
+        found = compared(folder, run, fit, form)
         by_load.setdefault(run.load or 0.0, []).append(found)
         tell(run, found)
     loads = [{"load": load, "runs": its, "judged": judged(its)} for load, its in by_load.items()]
     met = all(one["met"] for load in loads for one in load["judged"].values())
-    return {**msgspec.to_builtins(folder.about), "fit": fit.told, "loads": loads, "met": met}
+    return {**msgspec.to_builtins(folder.about), "fit": fit_told, "loads": loads, "met": met}
+
+
+def tell_calibration(fit: dict[str, Any]) -> None:
+    """Its error on itself beside that on the one made again after the runs."""
+    print(json.dumps({name: value for name, value in fit.items() if not name.startswith("levels")}))
+    for level, error in fit["levels"].items():
+        after = diagnosis.signed(fit["levels_again"].get(level))
+        print(f"{level} in flight: its step times are off by {diagnosis.signed(error)}, {after} after the runs")
 
 
 def tell(run: Run, found: dict[str, Any]) -> None:
-    print(f"\n{run.name}: {found['requests']} requests")
-    for what in ("error", "error_with_own_steps"):
+    print(f"\n{run.name}: {found['requests']} requests; predicted by the steps of: {found['predicted_by']}")
+    for what in ("error", "error_by_calibration", "error_with_own_steps"):
         print(f"{what}: {', '.join(f'{name} {diagnosis.signed(x)}' for name, x in found[what].items())}")
     for side in ("real", "simulated"):
         load = found[f"load_{side}"]
@@ -139,15 +150,6 @@ def tell(run: Run, found: dict[str, Any]) -> None:
     print(f"{found['stalled_s']:.2f} s of the real steps were stalls, which the table leaves out")
     kit.table(diagnosis.HEAD, diagnosis.rows(found["classes"]))
     sys.stdout.flush()
-
-
-def steadiness(fit: Fitted, folder: Folder) -> dict[str, Any]:
-    """The fit's error on the calibration made again after the runs, told beside that on the one it was made of."""
-    after = by_level(folder, fit.setup.engine, again=True)
-    print("\nthe fit's error on its own calibration, and on the one after the runs:")
-    for level, error in after.items():
-        print(f"{level} in flight: {diagnosis.signed(fit.told['levels'][level])}, {diagnosis.signed(error)}")
-    return {"levels_again": after}
 
 
 def rows(loads: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -162,7 +164,7 @@ def rows(loads: Sequence[dict[str, Any]]) -> list[list[str]]:
     return found
 
 
-def measured(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+def measured(args: argparse.Namespace, path: Path) -> Folder:
     """Calibration and runs on a service of our own, kept under `path`."""
     files = directory.read(GUIDE)
     model = trace.Model("guide", min(args.context, files.context_tokens), files.vocab_size)
@@ -175,10 +177,10 @@ def measured(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     with kit.up(config(args.replicas)) as server:
         service = Service(server, folder, model, whole)
         service.calibrate(args.levels, args.calibrate_s)
-        fit = fitted(folder, args.form)
-        found = evaluated(fit, folder, service.runs(args.loads, args.runs, fit.capacity_rps))
+        rps = capacity_rps(calibrated(folder, args.form), folder.about)
+        service.run(args.loads, args.runs, rps)
         service.calibrate(args.levels, args.calibrate_s, again=True)
-    return found | steadiness(fit, folder)
+    return folder
 
 
 def shares(text: str) -> list[float]:
@@ -211,11 +213,10 @@ def main() -> None:
     with ExitStack() as stack:
         if args.kept is not None:
             folder = Folder.read(args.kept)
-            fit = fitted(folder, args.form)
-            found = evaluated(fit, folder, folder.runs()) | steadiness(fit, folder)
         else:
             path = args.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-truth-"))
-            found = measured(args, Path(path))
+            folder = measured(args, Path(path))
+        found = evaluated(folder, args.form)
     print()
     head = ["load", "quantile", "real", "simulated", "error, median run", "worst run", "goal"]
     kit.table(head, rows(found["loads"]))

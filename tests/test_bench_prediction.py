@@ -13,7 +13,7 @@ import pytest
 from bench import truth
 from bench.diagnosis import Witness
 from bench.kit import BenchError
-from bench.prediction import compared, fitted, judged
+from bench.prediction import calibrated, compared, judged, told
 from bench.recorded import About, Folder, Run, answered, cut
 from neaptide.simulate import learn
 from neaptide.simulate.arrivals import Requests
@@ -23,7 +23,7 @@ from neaptide.simulate.settings import Setup
 from neaptide.simulate.steps import Linear
 from tests.engine_runs import chat, requests
 
-STEP = Linear(base_s=2e-3, request_s=1e-4, token_s=1e-6, prefill_token_s=8e-5, prefill_pair_s=5e-8)
+STEP = Linear(base_s=2e-3, request_s=1e-4, token_s=1e-6, prefill_base_s=5e-3, prefill_token_s=8e-5, prefill_pair_s=5e-8)
 REAL = Traits(
     step=STEP, max_batch=16, chunk_tokens=256, kv_tokens=64_000, kv_block_tokens=32, headroom=0.0, admit="answer",
     prefix_block_tokens=0,
@@ -71,7 +71,7 @@ def experiment(tmp_path: Path, engine: Traits) -> Folder:
 def predicted(tmp_path: Path, engine: Traits) -> dict[str, Any]:
     folder = Folder.read(experiment(tmp_path, engine).path)
     (run,) = folder.runs()
-    return compared(fitted(folder, "linear"), answered(run.told), folder.logs(run))
+    return compared(folder, run, calibrated(folder, "linear"), "linear")
 
 
 def by_class(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -149,7 +149,7 @@ def test_a_machine_that_was_slower_than_in_calibration_shows_in_every_class_and_
     for one in found["classes"]:
         if one["steps"]:
             assert one["error"] == pytest.approx(1 / 1.1 - 1, abs=1e-6)
-            assert one["calibration_error"] in (None, pytest.approx(0.0, abs=1e-6))
+            assert one["fitted_error"] in (None, pytest.approx(0.0, abs=1e-6))
 
 
 def test_a_machine_that_has_become_slower_shows_in_the_calibration_after_the_runs(tmp_path: Path) -> None:
@@ -157,9 +157,23 @@ def test_a_machine_that_has_become_slower_shows_in_the_calibration_after_the_run
     slower = Linear(**{name: 1.25 * value for name, value in msgspec.structs.asdict(STEP).items()})
     later = msgspec.structs.replace(REAL, step=slower)
     kept(folder, tmp_path / "log", chat(150, 8.0, 2), later, seed=2, level=8, again=True)
-    fit = fitted(folder, "linear")
-    assert fit.told["levels"] == pytest.approx({"1": 0.0, "8": 0.0}, abs=1e-6)
-    assert truth.steadiness(fit, folder)["levels_again"] == pytest.approx({"8": 1 / 1.25 - 1})
+    found = told(calibrated(folder, "linear"), folder)
+    assert found["levels"] == pytest.approx({"1": 0.0, "8": 0.0}, abs=1e-6)
+    assert found["levels_again"] == pytest.approx({"8": 1 / 1.25 - 1})
+    assert found["overhead_s"] == pytest.approx(OVERHEAD_S)
+
+
+def test_a_run_is_predicted_by_the_steps_of_the_others_and_never_by_its_own(tmp_path: Path) -> None:
+    slower = Linear(**{name: 1.25 * value for name, value in msgspec.structs.asdict(STEP).items()})
+    later = msgspec.structs.replace(REAL, step=slower)
+    folder = experiment(tmp_path, REAL)
+    kept(folder, tmp_path / "log", chat(400, 5.0, 4), later, seed=1, load=0.85, rps=6.0)
+    first, second = (compared(folder, run, calibrated(folder, "linear"), "linear") for run in folder.runs())
+    assert (first["predicted_by"], second["predicted_by"]) == ("other runs", "other runs")
+    assert first["error"]["p50_tpot_s"] > 0.2
+    assert second["error"]["p50_tpot_s"] < -0.15
+    assert first["error_by_calibration"]["p50_tpot_s"] == pytest.approx(0.0, abs=1e-6)
+    assert predicted(tmp_path / "alone", REAL)["predicted_by"] == "calibration"
 
 
 def test_another_schedule_shows_in_the_steps_that_were_run_and_with_its_own_steps_too(tmp_path: Path) -> None:
@@ -182,7 +196,7 @@ def test_steps_are_told_apart_by_what_is_in_them(tmp_path: Path) -> None:
 
 def test_kept_runs_are_judged_again_without_a_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = experiment(tmp_path, REAL)
-    found = truth.evaluated(fitted(folder, None), folder, folder.runs())
+    found = truth.evaluated(folder, None)
     assert found["met"]
     assert [(one["load"], len(one["runs"])) for one in found["loads"]] == [(0.85, 1)]
     assert truth.rows(found["loads"])[0][:2] == ["0.85", "p50_ttft_s"]

@@ -20,11 +20,19 @@ from neaptide.simulate.steps import Grid, Linear
 from tests.engine_runs import Row, chat, check_served_once, requests, rows, served, traits, ttft
 
 # Odd numbers: an arrival at the very end of a step joins in one tier and not in the other, by a rounding.
-STEP = Linear(base_s=0.1 * 2**0.5, request_s=0.0123, token_s=1.1e-3, prefill_token_s=1.3e-3, prefill_pair_s=1.7e-5)
+STEP = Linear(
+    base_s=0.1 * 2**0.5,
+    request_s=0.0123,
+    token_s=1.1e-3,
+    prefill_base_s=0.37,
+    prefill_token_s=1.3e-3,
+    prefill_pair_s=1.7e-5,
+)
 GRID = Grid(
     batches=(1, 2, 5),
     contexts=(8, 20, 60),
     seconds=((0.1013, 0.1517, 0.4019), (0.1211, 0.2023, 0.5027), (0.2129, 0.4131, 1.0137)),
+    prefill_base_s=0.37,
     prefill_token_s=1.3e-3,
 )
 

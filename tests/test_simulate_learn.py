@@ -13,7 +13,9 @@ from neaptide.errors import ConfigError
 from neaptide.simulate.learn import Learnt, Steps, engine, learn
 from neaptide.simulate.steps import Grid, Linear
 
-TRUE = Linear(base_s=1e-3, request_s=1e-4, token_s=2e-7, prefill_token_s=3e-5, prefill_pair_s=1e-9)
+TRUE = Linear(
+    base_s=1e-3, request_s=1e-4, token_s=2e-7, prefill_base_s=4e-3, prefill_token_s=3e-5, prefill_pair_s=1e-9
+)  # fmt: skip
 HEAD = {
     "event": "engine", "engine": "openvino", "model": "m", "context_tokens": 4096, "max_running": 32,
     "chunk_tokens": 512, "kv_tokens": 20_000, "kv_block_tokens": 32, "prefix_cache": True,
@@ -47,7 +49,7 @@ def test_a_formula_is_found_again_and_judged_on_steps_that_it_was_not_fitted_to(
     found = learn(steps())
     assert found.form == "linear"
     assert isinstance(found.traits.step, Linear)
-    for name in ("base_s", "request_s", "token_s", "prefill_token_s"):
+    for name in ("base_s", "request_s", "token_s", "prefill_base_s", "prefill_token_s"):
         assert getattr(found.traits.step, name) == pytest.approx(getattr(TRUE, name), rel=0.05)
     assert found.linear.median == pytest.approx(0.02, abs=0.003)  # of a normal with 3 %
     assert abs(found.linear.total) < 0.003

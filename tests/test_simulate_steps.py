@@ -16,13 +16,21 @@ from neaptide.errors import ConfigError
 from neaptide.simulate.engine import Traits
 from neaptide.simulate.steps import Grid, Linear, fit, pairs_of, piece_at, read_grid
 
-LINEAR = Linear(base_s=0.01, request_s=0.001, token_s=1e-6, prefill_token_s=2e-5, prefill_pair_s=1e-9)
+LINEAR = Linear(
+    base_s=0.01, request_s=0.001, token_s=1e-6, prefill_base_s=0.003, prefill_token_s=2e-5, prefill_pair_s=1e-9
+)  # fmt: skip
 GRID = Grid(batches=(1, 4, 16), contexts=(100, 1000), seconds=((0.01, 0.02), (0.013, 0.04), (0.02, 0.1)))
 
 
 def test_a_step_is_the_sum_of_its_parts() -> None:
     assert LINEAR.step_s(0, 0) == 0.01
-    assert LINEAR.step_s(3, 5000, 100, pairs_of(100, 50)) == pytest.approx(0.01 + 0.003 + 0.005 + 0.002 + 10050e-9)
+    assert LINEAR.step_s(3, 5000, 100, pairs_of(100, 50)) == pytest.approx(0.01 + 0.003 + 0.005 + 0.005 + 10050e-9)
+
+
+def test_what_a_prompt_costs_however_short_is_no_part_of_a_step_without_one() -> None:
+    assert LINEAR.step_s(3, 5000, 1) - LINEAR.step_s(3, 5000) == pytest.approx(0.003 + 2e-5)
+    grid = msgspec.structs.replace(GRID, prefill_base_s=0.003)
+    assert grid.step_s(4, 900, 1) - grid.step_s(4, 900) == pytest.approx(0.003)
 
 
 def test_prompt_tokens_attend_themselves_and_all_before_them_however_they_are_cut() -> None:
@@ -91,6 +99,16 @@ def test_pairs_are_told_from_tokens_where_the_log_has_them() -> None:
     found = fit(none, none, prefill, 0.01 + 2e-5 * prefill + 1e-9 * pairs, pairs)
     assert found.step.prefill_pair_s == pytest.approx(1e-9)
     assert found.step.request_s == 0.0
+
+
+def test_what_every_prompt_costs_is_found_and_where_each_step_has_one_it_is_the_base() -> None:
+    batch, context, prefill = steps(2000, 5)
+    prefill = np.where(prefill < 256, 0, prefill)
+    took = 0.01 + 1e-3 * batch + 1e-6 * context + 2e-5 * prefill + 0.007 * (prefill > 0)
+    assert fit(batch, context, prefill, took).step.prefill_base_s == pytest.approx(0.007)
+    some = prefill > 0
+    found = fit(batch[some], context[some], prefill[some], took[some]).step
+    assert (found.base_s, found.prefill_base_s) == (pytest.approx(0.017), 0.0)
 
 
 @pytest.mark.parametrize("seconds", [[0.01], [0.01, 0.0], [0.01, math.nan]])

@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 from neaptide.simulate.engine import Book, Traits
 from neaptide.simulate.fast import ID_BITS, ID_MASK, IDLE, Fast
 from neaptide.simulate.plain import Plain, is_plain
-from neaptide.simulate.steps import Linear
+from neaptide.simulate.steps import Linear, prefill_s
 
 
 def is_even(traits: Traits, book: Book) -> bool:
@@ -20,7 +20,7 @@ def is_even(traits: Traits, book: Book) -> bool:
     step = traits.step
     if not isinstance(step, Linear) or traits.kv_tokens is not None or not book.prompt:
         return False
-    if step.request_s or step.token_s or step.prefill_token_s or step.prefill_pair_s:
+    if step.request_s or step.token_s or prefill_s(step, 1, 1.0):
         return False
     return traits.chunk_tokens >= traits.max_batch * (max(book.prompt) + max(book.out))
 

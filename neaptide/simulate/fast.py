@@ -37,8 +37,8 @@ class Fast:
     __slots__ = (
         "_base_s", "_blocks", "_book", "_bounded", "_chunk", "_context", "_count", "_done", "_finish_s", "_first_s",
         "_growth_s", "_half_block", "_headroom", "_left", "_line", "_long", "_made", "_max_batch", "_open", "_order",
-        "_out", "_pair_s", "_part", "_pieces", "_promised", "_promises", "_prompt", "_ready", "_shares", "_start_s",
-        "_steps", "_token_s", "_tokens", "_traits", "end_s", "memory",
+        "_out", "_pair_s", "_part", "_pieces", "_prefill_s", "_promised", "_promises", "_prompt", "_ready", "_shares",
+        "_start_s", "_steps", "_token_s", "_tokens", "_traits", "end_s", "memory",
     )  # fmt: skip
 
     def __init__(self, traits: Traits, book: Book) -> None:
@@ -46,6 +46,7 @@ class Fast:
         self._prompt, self._out, self._made = book.prompt, book.out, book.made
         self._first_s, self._finish_s = book.first_s, book.finish_s
         self._max_batch, self._chunk = traits.max_batch, traits.chunk_tokens
+        self._prefill_s = traits.step.prefill_base_s
         self._token_s, self._pair_s = traits.step.prefill_token_s, traits.step.prefill_pair_s
         self._pieces = _pieces(traits)
         self._shares = book.prefixes is not None and traits.prefix_block_tokens > 0
@@ -137,7 +138,7 @@ class Fast:
                 steps = min(steps, max(1, math.ceil((until - self._context) / batch)))
         base_s, growth_s = at_zero_s + per_token_s * self._context, per_token_s * batch
         if tokens:
-            base_s += self._token_s * tokens + self._pair_s * pairs
+            base_s += self._prefill_s + self._token_s * tokens + self._pair_s * pairs
             if self._long:
                 self._left -= steps * tokens
                 growth_s += self._pair_s * tokens * tokens

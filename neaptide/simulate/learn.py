@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from neaptide.errors import ConfigError
 from neaptide.simulate.arrivals import Floats
 from neaptide.simulate.engine import Traits
-from neaptide.simulate.steps import Grid, Linear, coefficients, fit, read_columns, read_grid
+from neaptide.simulate.steps import Grid, Linear, coefficients, fit, prefills, read_columns, read_grid
 
 Form = Literal["linear", "grid"]
 STALL = 5.0  # a step over so many times its prediction tells of the machine, not of the engine
@@ -196,13 +196,12 @@ def _formula(steps: Steps, scale: Floats | None) -> Linear:
 
 
 def _by_formula(step: Linear, steps: Steps) -> Floats:
-    return (
-        step.base_s
-        + step.request_s * steps.batch
-        + step.token_s * steps.context
-        + step.prefill_token_s * steps.prefill
-        + step.prefill_pair_s * steps.pairs
-    )
+    return step.base_s + step.request_s * steps.batch + step.token_s * steps.context + _prefill_s(step, steps)
+
+
+def _prefill_s(step: Linear | Grid, steps: Steps) -> Floats:
+    some_s: Floats = step.prefill_base_s * (steps.prefill > 0) + step.prefill_token_s * steps.prefill
+    return some_s + step.prefill_pair_s * steps.pairs
 
 
 def _grid(steps: Steps) -> Grid:
@@ -210,8 +209,8 @@ def _grid(steps: Steps) -> Grid:
     batches, contexts = _axes(steps)
     lean = np.array([formula.step_s(b, b * c) for b in batches for c in contexts])
     points = len(lean)
-    known = np.column_stack([_shares(batches, contexts, steps), steps.prefill, steps.pairs])
-    leaning = np.column_stack([np.eye(points), np.zeros((points, 2))])
+    known = np.column_stack([_shares(batches, contexts, steps), steps.prefill, steps.pairs, prefills(steps.prefill)])
+    leaning = np.column_stack([np.eye(points), np.zeros((points, 3))])
     scale = np.concatenate([_by_formula(formula, steps), lean / np.sqrt(LEAN_STEPS)])
     found = coefficients(np.vstack([known, leaning]), np.concatenate([steps.seconds, lean]), scale)
     seconds = np.where(found[:points] > 0, found[:points], lean).reshape(len(batches), len(contexts))
@@ -221,13 +220,13 @@ def _grid(steps: Steps) -> Grid:
         seconds=tuple(tuple(float(s) for s in row) for row in seconds),
         prefill_token_s=float(found[points]),
         prefill_pair_s=float(found[points + 1]),
+        prefill_base_s=float(found[points + 2]),
     )
 
 
 def _by_grid(grid: Grid, steps: Steps) -> Floats:
     shares = _shares(grid.batches, grid.contexts, steps)
-    prefill_s = grid.prefill_token_s * steps.prefill + grid.prefill_pair_s * steps.pairs
-    predicted: Floats = shares @ np.array(grid.seconds).ravel() + prefill_s
+    predicted: Floats = shares @ np.array(grid.seconds).ravel() + _prefill_s(grid, steps)
     return predicted
 
 

@@ -43,7 +43,8 @@ class Plain(Fast):
         """Fast.run with _settle, _compose, _fill, _admit, _begin, _finish and _cut written out."""
         prompt, out, made, first_s, finish_s = self._prompt, self._out, self._made, self._first_s, self._finish_s
         at_zero_s, token_by_batch_s = self._at_zero_s, self._per_token_s
-        token_s, pair_s, chunk, max_batch = self._token_s, self._pair_s, self._chunk, self._max_batch
+        prefill_s, token_s, pair_s = self._prefill_s, self._token_s, self._pair_s
+        chunk, max_batch = self._chunk, self._max_batch
         line, done, ready = self._line, self._done, self._ready
         join, leave = line.append, line.popleft
         count, context, steps = self._count, self._context, self._steps
@@ -112,7 +113,7 @@ class Plain(Fast):
                 base_s = at_zero_s[batch] + growth_s * context
                 growth_s *= batch
                 if tokens:
-                    base_s += token_s * tokens + pair_s * pairs
+                    base_s += prefill_s + token_s * tokens + pair_s * pairs
                     if long:
                         left -= steps * tokens
                         growth_s += pair_s * tokens * tokens

@@ -13,7 +13,7 @@ from neaptide.simulate.cold import Stage, boot_s
 from neaptide.simulate.engine import Traits
 from neaptide.simulate.routes import RouteName
 from neaptide.simulate.spot import Spot
-from neaptide.simulate.steps import Linear, pairs_of, piece_at
+from neaptide.simulate.steps import Linear, pairs_of, piece_at, prefill_s
 from neaptide.simulate.world import World
 from neaptide.types import Standby
 
@@ -85,14 +85,17 @@ def capacity(setup: Setup, in_tokens: float, out_tokens: float) -> Capacity:
     its steps also prefills its share of the prompts that come for those who leave."""
     traits = setup.engine
     context = in_tokens + out_tokens / 2
-    prefill_s = traits.step.prefill_token_s * in_tokens + traits.step.prefill_pair_s * pairs_of(round(in_tokens), 0)
+    first_s = traits.step.prefill_base_s  # of a step with prompts; at most one a step, however many prompts
+    prompt_s = prefill_s(traits.step, in_tokens, pairs_of(round(in_tokens), 0)) - first_s
     batch = traits.max_batch
     if traits.kv_tokens is not None:
         batch = max(1, min(batch, int(traits.kv_tokens * (1 - traits.headroom) / context)))
 
     def step_s(size: int) -> float:
         piece = piece_at(traits.step.pieces(size), context * size)
-        return piece.at_zero_s + piece.per_token_s * context * size + prefill_s * size / out_tokens
+        prompts = size / out_tokens  # that begin, a step
+        decode_s = piece.at_zero_s + piece.per_token_s * context * size
+        return decode_s + prompt_s * prompts + first_s * min(1.0, prompts)
 
     while setup.slo_tpot_s is not None and batch > 1 and step_s(batch) > setup.slo_tpot_s:
         batch -= 1

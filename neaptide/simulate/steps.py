@@ -1,7 +1,7 @@
 """How long an engine's step takes: as a formula, or read off a measured grid.
 
-    step = a + b B + c C + p P + q X     B requests that decode, C tokens of context that they read together,
-                                         P prompt tokens prefilled beside them, X pairs of tokens that those attend
+    step = a + b B + c C + (r + p P + q X where P > 0)     B requests that decode, C tokens of context that they read
+                                         together, P prompt tokens prefilled beside them, X pairs that those attend
 
 C grows by B a step. So while nobody joins or leaves, a step's time is a straight line in time, piece by piece: `pieces`
 gives them to the tier that jumps many steps at once.
@@ -36,6 +36,9 @@ class StepTime(Protocol):
     """Seconds. `context` is that of all who decode, the token being computed included; `pairs`: see `pairs_of`."""
 
     @property
+    def prefill_base_s(self) -> float: ...
+
+    @property
     def prefill_token_s(self) -> float: ...
 
     @property
@@ -45,6 +48,11 @@ class StepTime(Protocol):
         """Decoding alone, in the order of the context; the last one has no end."""
 
     def step_s(self, batch: int, context: int, prefill: int = 0, pairs: float = 0.0) -> float: ...
+
+
+def prefill_s(step: StepTime, tokens: float, pairs: float) -> float:
+    """What prompts add to a step."""
+    return step.prefill_base_s + step.prefill_token_s * tokens + step.prefill_pair_s * pairs if tokens else 0.0
 
 
 def pairs_of(tokens: int, before: int) -> float:
@@ -58,11 +66,13 @@ class Linear(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     base_s: float
     request_s: float = 0.0  # b: a request that decodes
     token_s: float = 0.0  # c: a token of context
+    prefill_base_s: float = 0.0  # r: of a step that prefills at all, however little
     prefill_token_s: float = 0.0  # p
     prefill_pair_s: float = 0.0  # q
 
     def __post_init__(self) -> None:
-        if min(self.request_s, self.token_s, self.prefill_token_s, self.prefill_pair_s) < 0 or self.base_s <= 0:
+        terms = (self.request_s, self.token_s, self.prefill_base_s, self.prefill_token_s, self.prefill_pair_s)
+        if min(terms) < 0 or self.base_s <= 0:
             raise ValueError("a step's seconds: base_s over 0, the others 0 or more")
 
     def pieces(self, batch: int) -> tuple[Piece, ...]:
@@ -70,16 +80,17 @@ class Linear(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def step_s(self, batch: int, context: int, prefill: int = 0, pairs: float = 0.0) -> float:
         decode_s = self.base_s + self.request_s * batch + self.token_s * context
-        return decode_s + self.prefill_token_s * prefill + self.prefill_pair_s * pairs
+        return decode_s + prefill_s(self, prefill, pairs)
 
 
 class Grid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="grid"):
     """Measured decode steps, linear between the points; below the first point as at it, above the last one straight on.
-    Prefill is added by the formula's last two terms; a step that only prefills takes as long as the first point."""
+    Prefill is added by the formula's last terms; a step that only prefills takes as long as the first point."""
 
     batches: tuple[int, ...]  # rising
     contexts: tuple[int, ...]  # tokens a request, rising
     seconds: tuple[tuple[float, ...], ...]  # [batches][contexts]
+    prefill_base_s: float = 0.0
     prefill_token_s: float = 0.0
     prefill_pair_s: float = 0.0
 
@@ -106,7 +117,7 @@ class Grid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def step_s(self, batch: int, context: int, prefill: int = 0, pairs: float = 0.0) -> float:
         piece = piece_at(self.pieces(batch), context)
         decode_s = piece.at_zero_s + piece.per_token_s * context
-        return decode_s + self.prefill_token_s * prefill + self.prefill_pair_s * pairs
+        return decode_s + prefill_s(self, prefill, pairs)
 
     def _row(self, batch: int) -> list[float]:
         """The seconds of this batch at each context. Straight on never falls below the last point."""
@@ -148,17 +159,22 @@ def fit(
     columns = [np.asarray(c, dtype=np.float64) for c in (batch, context, prefill)]
     columns.append(np.zeros_like(columns[0]) if pairs is None else np.asarray(pairs, dtype=np.float64))
     took = np.asarray(seconds, dtype=np.float64)
-    known = np.stack([np.ones_like(took), *columns], axis=1)
+    known = np.stack([np.ones_like(took), *columns, prefills(columns[2])], axis=1)
     if len(took) < 2 or not np.isfinite(known).all() or not (np.isfinite(took) & (took > 0)).all():
         raise ConfigError("no step times to learn from", why="it takes two steps, each over 0 s", code="E121")
     found = coefficients(known, took, took if scale is None else scale)
     found[0] = max(found[0], LEAST_CONSTANT * float(took.min()))
     error = np.abs(known @ found / took - 1)
-    base, request, token, prefill_token, pair = (float(value) for value in found)
-    step = Linear(
-        base_s=base, request_s=request, token_s=token, prefill_token_s=prefill_token, prefill_pair_s=pair
-    )  # fmt: skip
+    names = ("base_s", "request_s", "token_s", "prefill_token_s", "prefill_pair_s", "prefill_base_s")
+    step = Linear(**{name: float(value) for name, value in zip(names, found, strict=True)})
     return Fit(step, float(np.median(error)), float(np.quantile(error, 0.95)), len(took))
+
+
+def prefills(tokens: Floats) -> Floats:
+    """1 of a step that prefills [steps]. 0 of all where every one does, or all as much: it tells nothing apart then."""
+    some = tokens > 0
+    told = not some.all() and some.any() and np.ptp(tokens[some]) > 0
+    return some.astype(np.float64) if told else np.zeros(len(tokens))
 
 
 def coefficients(known: Floats, wanted: Floats, scale: Floats) -> Floats:
