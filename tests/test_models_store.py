@@ -329,6 +329,15 @@ def test_pruning_frees_what_nobody_uses_and_leaves_no_rest(store: Watched, cache
     assert list((cache.root / "models").iterdir()) == []
 
 
+def test_a_plain_file_among_the_models_is_left_alone_and_in_nobodys_way(store: Watched, cache: Cache) -> None:
+    pull(cache, store, "one")
+    stray = cache.root / "models" / "notes.txt"
+    stray.write_text("somebody's")
+    pull(cache, store, "two")
+    cache.prune(0)
+    assert stray.read_text() == "somebody's"
+
+
 # ------------------------------------------------------------------------------------------------ over http
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -104,6 +105,26 @@ def test_a_push_to_a_full_disk_is_no_model_and_goes_on_when_there_is_room(tmp_pa
     pushed = push(source, "one", store, untold)
     assert content(Cache(tmp_path / "cache", GIB).pull(store, pushed.ref, quiet, untold)) == content(source)
     assert partials(store.root) == unfinished(disk) == []
+
+
+def test_a_limit_on_the_size_of_files_is_told_as_a_disk_without_room(tmp_path: Path) -> None:
+    program = """
+import resource, sys
+from pathlib import Path
+from neaptide.errors import ModelError
+from neaptide.models.blobs import on_disk
+place = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+try:
+    with on_disk(place), place.open("wb", 0) as file:
+        file.write(bytes(10))
+        file.write(bytes(1))
+except ModelError as e:
+    print(e.code, e.why)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "weights.bin")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("E234 the disk is full"), done.stderr
 
 
 def test_a_disk_that_fills_while_a_model_comes_keeps_what_came(

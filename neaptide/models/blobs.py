@@ -20,7 +20,7 @@ import msgspec
 from neaptide.errors import ModelError
 
 PIECE_BYTES = 4 << 20
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -210,9 +210,10 @@ class Cache:
         models = self._models()
         self._blobs.keep_only({file.sha256 for m in models.values() for file in m.files})
         named = {self.path(ref) for ref in models}
-        for path in (self.root / "models").glob("*"):
+        strays = (path for path in (self.root / "models").glob("*") if path.is_dir() and path not in named)
+        for path in strays:  # a plain file there is nobody's model: it stays
             with free(path) as is_free:
-                if is_free and path not in named:
+                if is_free:
                     shutil.rmtree(path)
 
     @contextlib.contextmanager
