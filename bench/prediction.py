@@ -111,7 +111,7 @@ def compared(folder: Folder, run: Run, fit: Fitted, form: learn.Form | None) -> 
     by = others or fit
     predicted, instead = simulated(by.setup, by.overhead_s, asked)
     before, _ = simulated(fit.setup, fit.overhead_s, asked)
-    own, _ = simulated(learnt_from(folder, logs, fit.overhead_s, form).setup, fit.overhead_s, asked)
+    by_own, _ = simulated(learnt_from(folder, logs, fit.overhead_s, form).setup, fit.overhead_s, asked)
     _, ran = learn.read(logs)
     step, span_s = by.setup.engine.step, asked.told["wall_s"] * folder.about.replicas
     return {
@@ -119,9 +119,10 @@ def compared(folder: Folder, run: Run, fit: Fitted, form: learn.Form | None) -> 
         "predicted_by": "other runs" if others else "calibration", "form": by.learnt.form,
         "real": real,
         "simulated": predicted,
+        "simulated_with_own_steps": by_own,
         "error": errors(predicted, real),
         "error_by_calibration": errors(before, real),
-        "error_with_own_steps": errors(own, real),
+        "error_with_own_steps": errors(by_own, real),
         "load_real": diagnosis.load_of(ran, span_s),
         "load_simulated": diagnosis.load_of(instead, span_s),
         "stalled_s": float(learn.calm(step, ran)[1].seconds.sum()),
@@ -129,13 +130,13 @@ def compared(folder: Folder, run: Run, fit: Fitted, form: learn.Form | None) -> 
     }  # fmt: skip
 
 
-def judged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def judged(runs: Sequence[dict[str, Any]], which: str = "error") -> dict[str, Any]:
     """Over the runs of a load: each quantile's error, as the median and as the worst of the runs; was the goal met?"""
     found: dict[str, Any] = {}
     for q, goal in GOALS.items():
         for what in ("ttft_s", "tpot_s"):
             name = f"p{100 * q:g}_{what}"
-            each = [run["error"][name] for run in runs]
+            each = [run[which][name] for run in runs]
             median = kit.median(each)
             found[name] = {
                 "median_error": median, "worst_error": max(each, key=abs), "goal": goal, "met": abs(median) <= goal,

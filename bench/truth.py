@@ -47,6 +47,7 @@ AZURE = kit.ROOT / "examples" / "data" / "azure_llm_2023_conv.parquet"
 ROLES = ("gateway", "replica", "engine", "control")
 REST_S = 180.0  # after a run's last arrival
 CALIBRATION_SEED = 1 << 20  # no run's
+OWN = "_with_own_steps"
 
 
 def config(replicas: int) -> str:
@@ -127,7 +128,10 @@ def evaluated(folder: Folder, form: Form | None) -> dict[str, Any]:
         found = compared(folder, run, fit, form)
         by_load.setdefault(run.load or 0.0, []).append(found)
         tell(run, found)
-    loads = [{"load": load, "runs": its, "judged": judged(its)} for load, its in by_load.items()]
+    loads = [
+        {"load": load, "runs": its, "judged": judged(its), "judged_with_own_steps": judged(its, "error_with_own_steps")}
+        for load, its in by_load.items()
+    ]
     met = all(one["met"] for load in loads for one in load["judged"].values())
     return {**msgspec.to_builtins(folder.about), "fit": fit_told, "loads": loads, "met": met}
 
@@ -152,12 +156,13 @@ def tell(run: Run, found: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def rows(loads: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Of a Markdown table: a row a load and quantile; values are the runs' medians."""
+def rows(loads: Sequence[dict[str, Any]], own: str = "") -> list[list[str]]:
+    """Of a Markdown table: a row a load and quantile; values are the runs' medians. `own`: OWN, or as predicted."""
     found = []
     for load in loads:
-        for name, one in load["judged"].items():
-            values = [kit.median([run[side][name] for run in load["runs"]]) for side in ("real", "simulated")]
+        for name, one in load[f"judged{own}"].items():
+            sides = ("real", f"simulated{own}")
+            values = [kit.median([run[side][name] for run in load["runs"]]) for side in sides]
             both = [diagnosis.signed(one[which]) for which in ("median_error", "worst_error")]
             verdict = "met" if one["met"] else "**missed**"
             found.append([f"{load['load']:g}", name, *(f"{1000 * v:.1f} ms" for v in values), *both, verdict])
@@ -217,9 +222,11 @@ def main() -> None:
             path = args.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-truth-"))
             folder = measured(args, Path(path))
         found = evaluated(folder, args.form)
-    print()
     head = ["load", "quantile", "real", "simulated", "error, median run", "worst run", "goal"]
-    kit.table(head, rows(found["loads"]))
+    sides = ((OWN, "fitted to the step log of the run itself"), ("", "predicted by the steps of the other runs"))
+    for own, said in sides:
+        print(f"\n{said}:")
+        kit.table(head, rows(found["loads"], own))
     if args.kept is None:
         kit.save("truth", found)
 

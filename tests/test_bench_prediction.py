@@ -88,12 +88,18 @@ def test_answers_become_columns_in_the_order_of_sending() -> None:
     assert found.ttft_s.tolist() == pytest.approx([0.2, 0.3])
     assert found.tpot_s[0] == pytest.approx(0.01)
     assert math.isnan(found.tpot_s[1])
-    assert found.told == {"late_s": 0.0, "requests": 2, "failed": 0}
+    assert found.told == {"late_s": 0.0, "requests": 2, "failed": 0, "expired": 0}
 
 
 def test_an_experiment_in_which_requests_fail_is_none() -> None:
     with pytest.raises(BenchError, match="1 of 2 requests failed"):
         answered({"rows": [row(0, 1.0, 0.2, 5, 0.01), row(1, 1.0, 0.2, 5, 0.01, "429")]})
+
+
+def test_who_waited_in_vain_never_reached_a_replica_and_is_counted_and_left_out() -> None:
+    error = 'data: {"error": {"code": "wait_expired"}}'
+    found = answered({"rows": [row(0, 1.0, 0.2, 5, 0.01), row(1, 1.0, 60.0, 5, 0.01, error)]})
+    assert (len(found.t_s), found.told["failed"], found.told["expired"]) == (1, 0, 1)
 
 
 def test_of_a_step_log_a_run_keeps_the_head_and_its_own_lines_those_in_the_rotated_file_too(tmp_path: Path) -> None:
