@@ -15,6 +15,7 @@ gateway persists what it holds (0600) and starts from it while control is away.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import msgspec
 
@@ -60,6 +61,7 @@ class DeploymentRow(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens_default: int = 1024
     failing: str = ""  # why no replica starts; non-empty and no replica: 503 with this text
     slo_ttft_s: float = 1.0  # a first token that comes later is counted as late
+    affinity: bool = False  # prompts that begin alike go to the same replica: it has a prefix cache that they share
 
 
 class KeyRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,6 +96,7 @@ class Slow(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     cors: Cors = Cors()
     auth: bool = True  # false only where the config says `auth: off`
+    weights: dict[str, float] = {}  # by tenant; 1 where none is given
 
 
 class Fast(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +125,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     limits: Limits | None = None
     cors: Cors | None = None
     auth: bool | None = None
+    weights: dict[str, float] | None = None
 
 
 class ModelGauge(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -141,6 +145,20 @@ class ModelGauge(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tpot_sum_s: float = 0.0
     served: int = 0  # ended well ...
     held_sum_s: float = 0.0  # ... having held a replica's slot for so long, all together
+
+
+class Want(NamedTuple):
+    """What a gateway lacks of a budget: nano-units or tokens."""
+
+    wanted: int  # by those who wait there
+    left: int  # in its lease; below zero where it owes
+
+
+class Held(NamedTuple):
+    """What a gateway has had of a budget."""
+
+    got: int  # of all grants
+    gave: int  # back
 
 
 class Gauges(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,6 +192,7 @@ def difference(old: Table, new: Table) -> Delta:
         limits=new.slow.limits if new.slow.limits != old.slow.limits else None,
         cors=new.slow.cors if new.slow.cors != old.slow.cors else None,
         auth=new.slow.auth if new.slow.auth != old.slow.auth else None,
+        weights=new.slow.weights if new.slow.weights != old.slow.weights else None,
     )
 
 
@@ -190,6 +209,7 @@ def whole(table: Table) -> Delta:
         limits=slow.limits,
         cors=slow.cors,
         auth=slow.auth,
+        weights=slow.weights,
     )
 
 
@@ -211,6 +231,7 @@ def apply(table: Table, delta: Delta) -> Table | None:
         limits=delta.limits or old.limits,
         cors=delta.cors or old.cors,
         auth=old.auth if delta.auth is None else delta.auth,
+        weights=old.weights if delta.weights is None else delta.weights,
     )
     return Table(fast=Fast(version=delta.fast, replicas=tuple(replicas.values())), slow=slow)
 
