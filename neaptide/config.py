@@ -32,6 +32,7 @@ models:
 """
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 POOLED = 4  # models in one replica, at most
+MOST_UNEQUAL = (0.01, 100.0)  # weights of tenants
 FULL_USE = {  # a metric's value at full use, where its exporter fixes it
     "DCGM_FI_DEV_GPU_UTIL": 100.0,
     "DCGM_FI_PROF_GR_ENGINE_ACTIVE": 1.0,
@@ -117,12 +118,17 @@ class Price(Part, frozen=True, kw_only=True):
     output: float = 0.0
 
 
+class TenantSettings(Part, frozen=True, kw_only=True):
+    weight: float = 1.0  # of tokens, where several tenants wait for the same model
+
+
 class Settings(Part, frozen=True, kw_only=True):
     listen: str = "127.0.0.1:8000"
     admin: AdminSettings = AdminSettings()
     models: dict[str, ModelSettings] = {}
     pools: dict[str, PoolSettings] = {}
     auth: Literal["keys", "off"] = "keys"
+    tenants: dict[str, TenantSettings] = {}
     limits: Limits = Limits()
     cors: Cors = Cors()
     journal: JournalSettings = JournalSettings()
@@ -160,6 +166,9 @@ def parse(text: str, origin: str, base: Path = Path()) -> Settings:
     if isinstance(tree, dict) and isinstance(tree.get("pools"), dict):
         for name, pool in tree["pools"].items():
             _convert(pool, PoolSettings, origin, f"pools.{name}")
+    if isinstance(tree, dict) and isinstance(tree.get("tenants"), dict):
+        for name, tenant in tree["tenants"].items():
+            _convert(tenant, TenantSettings, origin, f"tenants.{name}")
     return _checked(_convert(tree, Settings, origin), origin, base)
 
 
@@ -290,6 +299,10 @@ def _checked(s: Settings, origin: str, base: Path) -> Settings:
     if s.spares.max < 0 or not 0 < s.spares.rent <= 1:
         what = f"{origin}: spares: max {s.spares.max}, rent {s.spares.rent:g}"
         raise ConfigError(what, code="E108", fix="max: 0 or more; rent: over 0, at most 1, such as 0.01")
+    for name, tenant in s.tenants.items():
+        if not MOST_UNEQUAL[0] <= tenant.weight <= MOST_UNEQUAL[1]:
+            what = f"{origin}: tenants.{name}.weight: {tenant.weight:g}"
+            raise ConfigError(what, code="E108", fix="a number from {:g} to {:g}; 1 is usual".format(*MOST_UNEQUAL))
     taken: dict[str, str] = {}
     for name, model in s.models.items():
         for label in (name, *model.aliases):

@@ -64,19 +64,22 @@ class Hello(msgspec.Struct, kw_only=True):
     epoch: int = 0
     pid: int = 0
     describe: dict[str, msgspec.Raw] | None = None  # replica: engine.protocol.Description as JSON
+    resumes: bool = False  # replica: it takes ids before a body
 
 
 class OpenHeader(msgspec.Struct, kw_only=True):
     request_id: str
     route: str  # chat.completions | completions | tokenize
-    body_bytes: int
+    body_bytes: int  # and of the ids before it
     stream: bool = False
     include_usage: bool = False  # the client asked for the usage chunk
     model: str = ""  # the deployment's name, where the replica serves several
     tenant: str = ""  # for prefix_cache: tenant
     deadline_in_s: float | None = None
-    generated_ids: list[int] = []  # resume: tokens already delivered elsewhere ...
-    emitted_chars: int = 0  # ... and how many characters of their text the client has
+    created_s: int = 0  # when the client's request came, which each chunk tells; 0: now
+    resumed: int = 0  # resume: so many tokens were delivered elsewhere; their ids, u32 each, stand before the body ...
+    generated_ids: list[int] = []  # ... or here ...
+    emitted_chars: int | None = 0  # ... and how many characters of their text the client has; None: all that shows
 
 
 class EndHeader(msgspec.Struct, kw_only=True):
@@ -87,7 +90,7 @@ class EndHeader(msgspec.Struct, kw_only=True):
     content_type: str = "application/json"
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    reasoning_tokens: int = 0
+    reasoning_tokens: int = 0  # of the whole answer, what others made of it included
     output_tokens: int = 0
     queued_s: float = 0.0  # inside the replica, before its first step
     engine_s: float = 0.0
@@ -98,6 +101,7 @@ class LoadReport(msgspec.Struct, kw_only=True):
     running: int = 0
     waiting: int = 0
     slots: int = 0  # requests it would take right now, lookahead included; 0 = full
+    ahead: int = 0  # of these, how many would only wait in it
     free_kv_tokens: int = 0
     kv_usage: float = 0.0  # 0..1
     step_s: float = 0.0  # median of recent steps

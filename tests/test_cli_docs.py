@@ -34,6 +34,7 @@ PLACES: dict[str, type[msgspec.Struct]] = {
     "models.NAME.replicas[].": config.RemoteReplica,
     "models.NAME.gpus[].": config.GpuSource,
     "pools.NAME.": config.PoolSettings,
+    "tenants.NAME.": config.TenantSettings,
     "limits.": Limits,
     "cors.": Cors,
     "journal.": config.JournalSettings,

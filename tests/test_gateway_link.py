@@ -18,15 +18,16 @@ from tests.fake_link import FakeLinkReplica, Opened
 from tests.gateway_kit import AUTH, Running, chat, event, gateway, post, run, table, until
 
 DONE = b"data: [DONE]\n\n"
+HELLO = Hello(token="boot", role="replica", name="r0")
 
 
 @contextlib.asynccontextmanager
 async def linked(
-    count: int = 1, slots: int = 100, **options: Any
+    count: int = 1, slots: int = 100, hello: Hello = HELLO, **options: Any
 ) -> AsyncIterator[tuple[Running, list[FakeLinkReplica]]]:
     """A gateway with its links up."""
     with tempfile.TemporaryDirectory(prefix="np") as directory:
-        replicas = [await FakeLinkReplica(Path(directory, f"r{i}.link"), slots).start() for i in range(count)]
+        replicas = [await FakeLinkReplica(Path(directory, f"r{i}.link"), slots, hello).start() for i in range(count)]
         options.setdefault("replica", {"token": "boot"})
         try:
             async with gateway(table([f"link:{r.path}" for r in replicas], **options)) as running:

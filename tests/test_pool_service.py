@@ -110,14 +110,15 @@ def test_a_pool_at_zero_starts_once_for_whichever_model_is_asked_for_and_its_rea
     assert any("tail (one, two): 0 to 1 replica" in r["choice"]["sentence"] for r in told(service, "why", "one"))
 
 
-def test_a_dead_pool_replica_ends_the_streams_of_all_its_models_and_comes_back_for_all(serve: Serve) -> None:
+def test_a_dead_pool_replica_comes_back_for_all_its_models_and_their_streams_go_on(serve: Serve) -> None:
     service = serve(TAIL)
-    held = [stream(service, "x" * 40, model, max_tokens=2000) for model in ("one", "two")]
+    held = [stream(service, "x" * 40, model, max_tokens=300) for model in ("one", "two")]
     for answer in held:
         assert answer.first.wait(30)
     os.kill(replicas(service)["tail-0"], signal.SIGKILL)
     for answer in held:
-        assert answer.join(60).error == "replica_lost"
+        assert answer.join(60).done, (answer.error, answer.broken)
+        assert answer.finish == "length"
     for model in ("one", "two"):
         assert chat(service, "again", model, max_tokens=2).join(60).status == 200
 

@@ -110,10 +110,16 @@ def slow_part(
                 max_tokens_default=m.max_tokens_default,
                 failing=failing.get(d.model, ""),
                 slo_ttft_s=d.slo.ttft_s,
+                affinity=m.prefix_cache == "shared",
             )
         )
     return Slow(
-        deployments=tuple(rows), keys=keys, limits=settings.limits, cors=settings.cors, auth=settings.auth == "keys"
+        deployments=tuple(rows),
+        keys=keys,
+        limits=settings.limits,
+        cors=settings.cors,
+        auth=settings.auth == "keys",
+        weights={name: tenant.weight for name, tenant in settings.tenants.items()},
     )
 
 

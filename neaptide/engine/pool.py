@@ -135,6 +135,7 @@ class Pool:
             running=sum(x.running for x in loads.values()),
             waiting=sum(x.waiting for x in loads.values()),
             slots=sum(x.slots for x in loads.values()),
+            ahead=max(x.ahead for x in loads.values()),  # of each one's room
             free_kv_tokens=sum(x.free_kv_tokens for x in loads.values()),
             kv_usage=max(x.kv_usage for x in loads.values()),
             step_s=round(self._rounds.meters.median_step_s(), 6),

@@ -78,12 +78,13 @@ class Job:
         self._share_s, self._step_s = work.share_s, work.step_s
 
     def end_header(self, finish: str, **fields: object) -> EndHeader:
-        """Counts are of this replica's own work: tokens of a resume that others generated are not in them."""
+        """Counts are of this replica's own work: tokens of a resume that others generated are not in them, but for
+        those of reasoning, which nobody else can tell from the rest."""
         header = EndHeader(
             finish=finish,
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
-            reasoning_tokens=self.answer.reasoning if self.answer is not None else 0,
+            reasoning_tokens=self.answer.reasoned_before + self.answer.reasoning if self.answer is not None else 0,
             output_tokens=self.output_tokens,
             queued_s=self.queued_s,
             engine_s=self.engine_s,

@@ -122,6 +122,7 @@ class LinkConnection(asyncio.Protocol):
             epoch=spec.epoch,
             pid=os.getpid(),
             describe=msgspec.json.decode(_encode(service.description), type=dict[str, msgspec.Raw]),
+            resumes=True,
         )
         self._load = service.load()
         self.out.append(link.frame(0, link.HELLO, _encode(hello)))
@@ -183,7 +184,10 @@ class LinkConnection(asyncio.Protocol):
             raise LinkError(f"stream {frame.stream} was used before")
         self._last_stream = frame.stream
         head, first = link.split_header(frame.payload)
-        stream = LinkStream(self, frame.stream, _open.decode(head))
+        opened = _open.decode(head)
+        if not 0 <= 4 * opened.resumed <= opened.body_bytes:
+            raise LinkError(f"{opened.resumed} ids in {opened.body_bytes} bytes of body")
+        stream = LinkStream(self, frame.stream, opened)
         self.streams[frame.stream] = stream
         refusal = self._refusal() or self._service.held.reserve(stream.missing)
         if refusal is not None:
@@ -204,9 +208,18 @@ class LinkConnection(asyncio.Protocol):
         stream.body.append(part)
         if stream.missing == 0 and stream.job is None:
             body, stream.body, stream.reserved = b"".join(stream.body), [], False
+            if stream.opened.resumed:
+                body = self._take_ids(stream.opened, body)
             job = self._service.open(stream.opened, body, stream)
             if stream.number in self.streams:  # it may have ended already
                 stream.job = job
+
+    def _take_ids(self, opened: OpenHeader, body: bytes) -> bytes:
+        """The ids that stand before a resumed request's body; the body alone."""
+        size = 4 * opened.resumed
+        opened.generated_ids = list(struct.unpack_from(f"<{opened.resumed}I", body))
+        self._service.held.release(size)
+        return body[size:]
 
     def _take_credit(self, frame: Frame) -> None:
         stream = self.streams.get(frame.stream)

@@ -22,7 +22,7 @@ from neaptide.engine.prime import MOST_TOKENS, Primer
 from neaptide.engine.prompt import Model, Prepared
 from neaptide.engine.protocol import Description, Emission
 from neaptide.engine.report import Meters
-from neaptide.engine.requests import ENDED, PREPARING, RUNNING, WAITING, Admission, Job, Tally, Work
+from neaptide.engine.requests import ENDED, LOOKAHEAD, PREPARING, RUNNING, WAITING, Admission, Job, Tally, Work
 from neaptide.engine.text import Text
 from neaptide.errors import RequestError
 from neaptide.link import MAX_FRAME, STALL_S, LoadReport, OpenHeader
@@ -154,10 +154,12 @@ class Service:
         admission, intake = self._admission, self._intake
         if admission is None or intake is None:
             return LoadReport(draining=self.state in (DRAINING, DEAD))
+        slots = admission.slots(intake.preparing) if self.state == READY else 0
         return LoadReport(
             running=len(self._engine),
             waiting=len(admission.waiting) + intake.preparing,
-            slots=admission.slots(intake.preparing) if self.state == READY else 0,
+            slots=slots,
+            ahead=min(slots, LOOKAHEAD),
             free_kv_tokens=admission.free_kv_tokens,
             kv_usage=round(self._kv_usage, 4),
             step_s=round(self.meters.median_step_s(), 6),
@@ -266,7 +268,9 @@ class Service:
     def _answer(self, job: Job, model: Model, asked: Generation, prepared: Prepared) -> Answer:
         opened, tokenizer = job.opened, model.tokenizer
         text = Text(tokenizer.decoder(), asked.stop, opened.generated_ids, opened.emitted_chars)
-        label = chunks.Label(opened.request_id, self.spec.model, self.spec.revision, int(wall_s()))
+        opened.emitted_chars = text.known_chars
+        created_s = opened.created_s or int(wall_s())
+        label = chunks.Label(opened.request_id, self.spec.model, self.spec.revision, created_s)
         answer = Answer(
             job.sink,
             tokenizer,
@@ -291,7 +295,9 @@ class Service:
             assert prepared is not None  # noqa: S101 (it waited in the line)
             opened = job.opened
             self._commands.append(
-                pipe.Add(job.id, prepared.prompt_ids, opened.generated_ids, opened.emitted_chars, prepared.sampling)
+                pipe.Add(
+                    job.id, prepared.prompt_ids, opened.generated_ids, opened.emitted_chars or 0, prepared.sampling
+                )
             )
             job.sent_s = now
             job.queued_s = now - job.arrived_s
@@ -339,7 +345,7 @@ class Service:
                 continue
             job.settle(self._work)
             if emission.cached_tokens:
-                job.cached_tokens = emission.cached_tokens
+                job.cached_tokens = min(emission.cached_tokens, job.prompt_tokens)  # a resume's ids may be cached, too
             if emission.finish:
                 del self._engine[job.id]
                 self._admission.release(job)
@@ -460,5 +466,5 @@ class Service:
 def _check_resume(opened: OpenHeader, description: Description) -> None:
     """What was generated elsewhere must be of this engine's vocabulary."""
     ids = opened.generated_ids
-    if opened.emitted_chars < 0 or (ids and not 0 <= min(ids) <= max(ids) < description.vocab_size):
+    if (opened.emitted_chars or 0) < 0 or (ids and not 0 <= min(ids) <= max(ids) < description.vocab_size):
         raise refusals.impossible_resume()

@@ -46,22 +46,31 @@ class Stops:
 class Text:
     """`push` ids, show what it returns, end when `stopped`; `finish` once when the engine ended the answer.
 
-    `generated_ids` continue an answer of which the client has the first `emitted_chars` characters: they are pushed at
-    once, and what of their text the client lacks comes with the first `push` (or `finish`).
+    `generated_ids` continue an answer of which the client has the first `emitted_chars` characters (None: all that they
+    show): they are pushed at once, and what of their text the client lacks comes with the first `push` (or `finish`).
     """
 
-    __slots__ = ("_decoder", "_owed", "_skip", "_stops", "stopped")
+    __slots__ = ("_decoder", "_owed", "_skip", "_stops", "known_chars", "stopped")
 
     def __init__(
-        self, decoder: Decoder, stops: Sequence[str] = (), generated_ids: Sequence[int] = (), emitted_chars: int = 0
+        self,
+        decoder: Decoder,
+        stops: Sequence[str] = (),
+        generated_ids: Sequence[int] = (),
+        emitted_chars: int | None = 0,
     ) -> None:
         self._decoder = decoder
         self._stops = Stops(stops) if stops else None
-        self._skip = emitted_chars
+        self._skip = emitted_chars or 0
         self._owed = ""
         self.stopped = False
+        self.known_chars = emitted_chars or 0  # of this answer, that the client has from elsewhere
         if generated_ids:
-            self._owed = self.push(generated_ids)
+            shown = self.push(generated_ids)
+            if emitted_chars is None:
+                self.known_chars = len(shown)
+            else:
+                self._owed = shown
 
     def push(self, ids: Sequence[int]) -> str:
         text = self._decoder.push(ids)

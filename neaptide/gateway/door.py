@@ -13,12 +13,14 @@ from neaptide.clock import mono_s
 from neaptide.errors import RequestError, StorageError
 from neaptide.gateway import admit, ids, queue, record, route
 from neaptide.gateway.access import AccessLog, Line, UsageLine
+from neaptide.gateway.affinity import Familiar
 from neaptide.gateway.call import Call
 from neaptide.gateway.connection import FOREVER, Connection
 from neaptide.gateway.exchange import DONE, WAITING, Exchange
 from neaptide.gateway.lane import Lane
 from neaptide.gateway.metrics import Metrics
 from neaptide.gateway.route import Target
+from neaptide.gateway.shares import prompt_cost
 from neaptide.gateway.upstream import Upstream
 from neaptide.table import Gauges, KeyRow, ReplicaRow, Table
 from neaptide.types import Begin, Usage
@@ -65,6 +67,7 @@ class Door:
         self._upstreams: dict[str, Upstream] = {}
         self.live: set[Exchange] = set()
         self._by_name: dict[str, Lane] = {}  # by deployment and alias
+        self._familiar = Familiar()
         self._pepper = bytes.fromhex(pepper)
         self._connect = connect
         self.keys = admit.Keys((), self._pepper)
@@ -93,11 +96,21 @@ class Door:
         connection.exchange = exchange = Exchange(self, connection, call, key, lane, asked, terms.priority, deadline_s)
         self.live.add(exchange)
         lane.metrics.arrivals += 1
-        lane.turn += 1
-        target = None if lane.line.waiting else route.choose(lane.targets, now, lane.turn, (), lane.row.model)
+        if deadline_s < FOREVER and (late := lane.hopeless(exchange, now)) is not None:
+            exchange.fail(late, now, "refused")
+            return
+        line, rank = lane.line, exchange.rank
+        exchange.account = account = line.shares.of(key.tenant)
+        line.shares.asked(account, rank, now)
+        may = lane.may(now) if account.running or line.waiting else None  # who runs nothing is below its share
+        allowed = may is None or may(account, rank)
+        target = lane.pick(exchange, now) if allowed and not line.waiting else None
         if target is None:
             self._wait(exchange, now)
+            if line.lost or (allowed and may is not None):
+                self.pump(lane, now)  # what is free may be kept from those who wait, and be for it
         else:
+            line.passed(account, rank)
             self._dispatch(exchange, target, now)
 
     def _wait(self, exchange: Exchange, now: float, since_s: float | None = None) -> None:
@@ -105,17 +118,36 @@ class Door:
         lane = exchange.lane
         ready = route.reachable(lane.targets, now)
         try:
+            if self.lanes.get(lane.row.model) is not lane:
+                raise _no_longer_served()
             if lane.row.failing and not ready:
                 raise RequestError(
                     503, f"No replica starts: {lane.row.failing}.", slug="replica_failing", retry_after_s=5.0
                 )
-            exchange.ticket = lane.line.enter(exchange, now, since_s=since_s, deadline_s=exchange.deadline_s)
+            latest_s, tenant, rank = exchange.deadline_s, exchange.key.tenant, exchange.rank
+            if since_s is None:
+                if latest_s < FOREVER:
+                    latest_s -= lane.quick_s(exchange, now)
+                    lane.line.check_deadline(exchange.account, rank, now, latest_s)
+                self._make_room(exchange, now)
+            exchange.ticket = lane.line.enter(
+                exchange, now, tenant=tenant, rank=rank, since_s=since_s, latest_s=latest_s
+            )
             exchange.state = WAITING
         except RequestError as error:
             exchange.fail(error, now, "error" if error.status == 503 else "refused")
             return
         if not ready and self.on_starving is not None:
             self.on_starving()
+
+    def _make_room(self, exchange: Exchange, now: float) -> None:
+        """In a full line, somebody with less right to a place loses it."""
+        line = exchange.lane.line
+        ticket = line.crowded_out(exchange.key.tenant, exchange.rank)
+        if ticket is not None:
+            ticket.item.ticket = None
+            error = queue.crowded(ticket, line.retry_after_s(now, ticket.account.tenant, ticket.rank))
+            ticket.item.fail(error, now, "refused")
 
     def _dispatch(self, exchange: Exchange, target: Target, now: float) -> None:
         lane, call, asked = exchange.lane, exchange.call, exchange.asked
@@ -128,6 +160,8 @@ class Door:
                 return
             exchange.begun = True
             lane.running += 1
+            exchange.account.charge(prompt_cost(call.size), exchange.rank)
+        exchange.account.running += 1
         target.take()
         body, hide = call.body, False
         if not target.link and call.route != "tokenize":
@@ -137,6 +171,8 @@ class Door:
                 body = splice(body, model=name if name != asked.model else None, include_usage=hide)
         exchange.sent(target, now, body, hide)
         self._upstreams[row.id].send(exchange)
+        if exchange.paused_s and exchange.handle is not None:
+            exchange.handle.pause_reading()
 
     def again(self, exchange: Exchange, now: float, full: bool = False) -> None:
         """Another try, before the first byte: another replica, if one can take it; else the front of the line. `full`:
@@ -146,9 +182,20 @@ class Door:
         if full and last is not None:
             last.filled()
         lane.metrics.retries += 1
-        target = route.choose(lane.targets, now, lane.turn, exchange.tried, lane.row.model)
+        target = lane.pick(exchange, now)
         if target is None:
-            self._wait(exchange, now, since_s=exchange.call.arrived_s)
+            self._wait(exchange, now, since_s=exchange.lost_s or exchange.call.arrived_s)
+        else:
+            self._dispatch(exchange, target, now)
+
+    def resume(self, exchange: Exchange, now: float) -> None:
+        """Another replica goes on with an answer whose own was lost; the front of the line where none has room."""
+        lane = exchange.lane
+        self._release(exchange)
+        lane.metrics.resumes += 1
+        target = lane.pick(exchange, now)
+        if target is None:
+            self._wait(exchange, now, since_s=now)
         else:
             self._dispatch(exchange, target, now)
 
@@ -162,6 +209,9 @@ class Door:
         self._release(exchange)
         if exchange.begun:
             lane.running -= 1
+            exchange.charge(usage.output_tokens)
+            if usage.outcome == "ok" and usage.output_tokens:
+                lane.served(now, usage.duration_s - usage.queued_s, usage.output_tokens)
         lane.tokens += exchange.tokens
         lane.metrics.count(usage)
         row = self.journal.end(usage, exchange.say_last)
@@ -174,18 +224,22 @@ class Door:
         target, exchange.target = exchange.target, None
         if target is not None:
             target.release()
+            exchange.account.running -= 1
 
     def pump(self, lane: Lane, now: float) -> None:
         """Those who wait go to replicas that have room again."""
-        while lane.line.waiting:
-            lane.turn += 1
-            target = route.choose(lane.targets, now, lane.turn, (), lane.row.model)
-            if target is None:
+        line = lane.line
+        while line.waiting:
+            if route.choose(lane.targets, now, lane.turn, (), lane.row.model) is None:
                 return
-            ticket = lane.line.first(now)
+            ticket = line.first(now, lane.may(now), partial(lane.fits, now=now) if line.lost else None)
             if ticket is None:
                 return
             ticket.item.ticket = None
+            target = lane.pick(ticket.item, now)
+            if target is None:
+                self._wait(ticket.item, now, since_s=ticket.entered_s)
+                return
             self._dispatch(ticket.item, target, now)
 
     # --- refusals
@@ -224,7 +278,8 @@ class Door:
             if lane.line.waiting:
                 for ticket in lane.line.expired(now):
                     ticket.item.ticket = None
-                    error = queue.too_long(ticket, lane.line.retry_after_s(now))
+                    wait_s = lane.line.retry_after_s(now, ticket.account.tenant, ticket.rank)
+                    error = queue.too_long(ticket, wait_s)
                     ticket.item.fail(error, now, "refused")
                 self.pump(lane, now)
                 if lane.row.failing and not route.reachable(lane.targets, now):
@@ -233,6 +288,7 @@ class Door:
             upstream.sweep(now)
         for exchange in list(self.live):
             if exchange.state != DONE:
+                exchange.charge(exchange.tokens)
                 exchange.check(now)
 
     def end_all(self, error: RequestError, now: float) -> None:
@@ -258,8 +314,9 @@ class Door:
         self.keys = admit.Keys(table.slow.keys, self._pepper, table.slow.auth)
         lanes: dict[str, Lane] = {}
         for row in table.slow.deployments:
-            lane = self.lanes.get(row.model) or Lane(row, self.metrics.model(row.model))
+            lane = self.lanes.get(row.model) or Lane(row, self.metrics.model(row.model), self._familiar)
             lane.adopt(row)
+            lane.line.shares.weigh(table.slow.weights)
             lanes[row.model] = lane
         for model, lane in self.lanes.items():
             if model not in lanes:
@@ -268,7 +325,7 @@ class Door:
         self._by_name = {alias: lane for lane in lanes.values() for alias in lane.row.aliases} | lanes
         self._set_replicas(r for r in table.fast.replicas if not lanes.keys().isdisjoint(r.serves()))
         for model, lane in lanes.items():
-            lane.targets = [t for t in self.targets.values() if model in t.row.serves()]
+            lane.aim([t for t in self.targets.values() if model in t.row.serves()])
             self.pump(lane, now)
 
     def _set_replicas(self, rows: Iterable[ReplicaRow]) -> None:
@@ -299,9 +356,8 @@ class Door:
     def _close_lane(self, lane: Lane, now: float) -> None:
         while (ticket := lane.line.first(now)) is not None:
             ticket.item.ticket = None
-            error = RequestError(404, "The model is no longer served.", slug="model_not_found", param="model")
-            ticket.item.fail(error, now, "refused")
-        lane.targets = []
+            ticket.item.fail(_no_longer_served(), now, "refused")
+        lane.aim([])
 
     # --- what others ask
 
@@ -334,6 +390,10 @@ class Door:
 
 def _same_process(a: ReplicaRow, b: ReplicaRow) -> bool:
     return (a.endpoint, a.epoch, a.token, a.remote_model) == (b.endpoint, b.epoch, b.token, b.remote_model)
+
+
+def _no_longer_served() -> RequestError:
+    return RequestError(404, "The model is no longer served.", slug="model_not_found", param="model")
 
 
 def _unknown_model(model: str) -> RequestError:

@@ -1,6 +1,6 @@
 """One inference request from admission to its row: what the client has been told, what the replica has said.
 
-    WAITING -> SENT -> (OPEN) -> DONE        OPEN: words of the answer are out, so no other replica may be tried
+    WAITING -> SENT -> (OPEN) -> DONE        OPEN: words of the answer are out, so another replica can only go on
                   \\-> LEAVING -> DONE        the client left; a link's replica still tells its token counts
 
 A stream that waits long (a model at zero starts a replica) gets its head and a comment every HEARTBEAT_S, so that no
@@ -19,11 +19,13 @@ from msgspec.structs import replace
 
 from neaptide.clock import mono_s
 from neaptide.errors import RequestError
-from neaptide.gateway import answer, record, sse
+from neaptide.gateway import answer, record, resume, sse
+from neaptide.gateway.affinity import blocks_of, conversation_of
 from neaptide.gateway.call import Call
 from neaptide.gateway.queue import Ticket
 from neaptide.gateway.record import Timing
 from neaptide.gateway.route import Target
+from neaptide.gateway.shares import Account
 from neaptide.gateway.sse import Counts, HideUsage
 from neaptide.gateway.upstream import PASSED_HEADERS, AnswerHead, Failure, Handle, replica_error
 from neaptide.link import STALL_S, EndHeader
@@ -47,6 +49,9 @@ TOKEN_END = b"null}]}\n\n"  # how an event ends that carries neither a finish re
 TOKEN_CHUNK_END = TOKEN_END + b"\r\n"
 READS_KEPT = 6  # last reads of a stream in which usage and finish reason are looked for
 PLAIN = AnswerHead()
+NOBODY = Account("", 1.0)
+NO_IDS = bytearray()  # never changed
+RANKS: dict[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 _DONE = (answer.DONE, b"data: [DONE]\r\n\r\n", b"data:[DONE]\n\n")
 
 
@@ -54,42 +59,12 @@ class Exchange:
     """Ours, mutable, one a request; the Sink of its upstream."""
 
     __slots__ = (
-        "_broken",
-        "_held",
-        "_hide",
-        "_last",
-        "_length",
-        "_plain",
-        "_recent",
-        "answer",
-        "asked",
-        "begun",
-        "body",
-        "call",
-        "connection",
-        "counts",
-        "deadline_s",
-        "door",
-        "end",
-        "error",
-        "finish",
-        "handle",
-        "key",
-        "lane",
-        "opened",
-        "outcome",
-        "paused_s",
-        "priority",
-        "prompt_bytes",
-        "sent_s",
-        "state",
-        "state_s",
-        "target",
-        "ticket",
-        "timing",
-        "tried",
-        "waited_s",
-    )
+        "_broken", "_held", "_hide", "_last", "_length", "_plain", "_recent", "account", "answer", "asked",
+        "attempts", "barren", "begun", "body", "call", "charged", "connection", "counts", "deadline_s", "door", "end",
+        "error", "finish", "handle", "ids", "key", "lane", "lost_s", "made", "opened", "outcome", "paused_s",
+        "priority", "prompt_bytes", "rank", "resumes", "revision", "sent_s", "state", "state_s", "target", "ticket",
+        "timing", "tried", "waited_s",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -103,28 +78,33 @@ class Exchange:
         deadline_s: float,
     ) -> None:
         self.door, self.connection, self.call, self.key, self.lane = door, connection, call, key, lane
-        self.asked, self.priority, self.deadline_s = asked, priority, deadline_s
+        self.asked, self.deadline_s = asked, deadline_s
+        self.priority, self.rank = priority, RANKS[priority]
+        self.account, self.charged = NOBODY, 0  # its tenant's; how many of its tokens were charged
         self.body = call.body  # as its replica is to get it
         self.prompt_bytes = call.size
-        self.state = WAITING
-        self.state_s = call.arrived_s
+        self.state, self.state_s = WAITING, call.arrived_s
         self.handle: Handle | None = None
         self.target: Target | None = None
         self.ticket: Ticket[Exchange] | None = None
         self.tried: tuple[str, ...] = ()
+        self.made: tuple[int, ...] = ()  # tokens of each of these but the last one
+        self.ids = NO_IDS  # of the tokens that came over links
+        self.resumes = self.attempts = 0  # and times that it was sent since
+        self.barren = False  # the replica before this one died of it without a token, or might have
+        self.lost_s = 0.0  # when its last replica was lost; 0: none was
+        self.revision = ""  # of the replica that has begun
         self.begun = self.opened = False  # a begin record is written; the answer's head is out
         self.sent_s = self.waited_s = self.paused_s = 0.0
         self.outcome: Outcome = "ok"
-        self.error = ""
+        self.error = self.finish = ""
         self.timing = Timing()
         self.counts: Counts | None = None
-        self.finish = ""
         self.end: EndHeader | None = None  # what a link's replica told at the end
         self.answer = PLAIN
         self._hide: HideUsage | None = None
         self._last = self._held = b""
-        self._broken = False
-        self._plain = False  # a stream at an event's end: nothing held back, nothing partly hidden
+        self._broken = self._plain = False  # plain: a stream at an event's end, nothing held back or partly hidden
         self._length: int | None = None  # of a body passed on in pieces; None: chunked
         self._recent: deque[bytes] | None = None
 
@@ -140,11 +120,18 @@ class Exchange:
         """It is given to `target`, with `body`."""
         self.target, self.body = target, body
         self.state, self.state_s, self.sent_s = SENT, now, now
-        if self.tried:  # forget what another replica answered
+        if self.tried:  # forget what another replica answered, but for its tokens
             self.answer, self._recent, self._held = PLAIN, None, b""
+            self.counts, self.end, self.finish = None, None, ""
+            if self.ids and not self.brought and not self.barren and self.attempts:
+                self.tried = self.tried[:-1]  # it took nothing
+            else:
+                self.made += (self.brought,)
         else:
             self.waited_s = now - self.call.arrived_s
+        self.attempts += 1
         self.tried += (target.row.id,)
+        self.revision = target.row.revision_of(self.model)
         if hide_usage:
             self._hide = HideUsage()
 
@@ -250,11 +237,15 @@ class Exchange:
 
     # --- the replica's side: the link
 
-    def on_tokens(self, data: bytes, tokens: int, now: float) -> None:
+    def on_tokens(self, data: bytes, ids: bytes, now: float) -> None:
         if self.state > OPEN:
             return
         self.state_s = now
-        self.timing.mark(now, tokens)
+        self.timing.mark(now, len(ids) // 4)
+        if self.ids:
+            self.ids += ids
+        else:
+            self.ids = bytearray(ids)
         if data:
             if self.state != OPEN:
                 self._say(200, answer.EVENTS, events=True)
@@ -272,21 +263,25 @@ class Exchange:
             return
         self.end = end
         self.finish = end.finish
-        self.counts = Counts(end.prompt_tokens, end.cached_tokens, end.reasoning_tokens, end.output_tokens)
+        output = sum(self.made) + end.output_tokens
+        self.counts = Counts(end.prompt_tokens, end.cached_tokens, end.reasoning_tokens, output)
         if self.state == LEAVING:
             self._settle(b"", now)
             return
-        if end.retryable and self.may_retry():
+        if end.retryable and (self.may_retry() or (self.ids and self.state == SENT)):
             self.on_failure(Failure(end.error or "replica_busy", "could not start the request", retryable=True))
             return
         failed = end.status >= 400 or end.finish in ("error", "abort")
+        if failed and self._go_on(end.error, now):
+            return
         if self.state == OPEN:
             self.answer = replace(self.answer, status=end.status)
             if failed:
                 self.fail(replica_error(end), now)
             else:
                 self._settle(self._framed(data, last=True), now)
-        elif failed and end.status < 400:
+        elif failed and (end.status < 400 or (self.ids and (self.opened or self.resumes))):
+            self.answer = replace(self.answer, status=max(end.status, 200))
             self.fail(replica_error(end), now)
         elif self.asked.stream and not failed:
             self._say(end.status, answer.EVENTS)
@@ -302,8 +297,25 @@ class Exchange:
     # --- what goes wrong
 
     def may_retry(self) -> bool:
-        """Nothing is out, the client is there, and attempts are left."""
-        return self.state == SENT and len(self.tried) < ATTEMPTS_AT_MOST
+        """Nothing is out of this attempt, the client is there, and attempts are left."""
+        return self.state == SENT and self.attempts < ATTEMPTS_AT_MOST
+
+    @property
+    def brought(self) -> int:
+        """Tokens of the replica that has it now, or had it last."""
+        return len(self.ids) // 4 - sum(self.made)
+
+    def _go_on(self, slug: str, now: float) -> bool:
+        """Elsewhere, from the tokens that have come; whether that is possible."""
+        if not resume.possible(self, slug):
+            return False
+        self.resumes, self.attempts, self.lost_s = self.resumes + 1, 0, now
+        self.barren = not self.brought
+        self.handle = self.counts = self.end = None  # what it computed and nobody got is nobody's
+        if slug == "engine_died" and self.target is not None:
+            self.target.draining, self.target.report = True, None  # until it reports again, of another engine
+        self.door.resume(self, now)
+        return True
 
     def on_failure(self, failure: Failure) -> None:
         now = mono_s()
@@ -313,9 +325,12 @@ class Exchange:
             return
         if failure.unreachable and self.target is not None:
             self.target.failed(now)
-        if failure.retryable and self.may_retry():
+        full, died = failure.slug == "replica_full", bool(self.ids) and failure.slug == "replica_lost"
+        if failure.retryable and not died and (self.may_retry() or (full and self.ids)):
             self.handle = None
-            self.door.again(self, now, failure.slug == "replica_full")
+            self.door.again(self, now, full)
+            return
+        if self._go_on(failure.slug, now):
             return
         message = f"The replica {failure.message}."
         self.fail(RequestError(502, message, slug=failure.slug, kind="api_error"), now)
@@ -325,6 +340,8 @@ class Exchange:
         if self.state == DONE:
             return
         self._abort_upstream()
+        if outcome == "refused" and self.ids:
+            outcome = "error"  # it had begun
         self.outcome, self.error = outcome, error.slug or "error"
         if self.state != OPEN and not self.opened:
             self.answer = AnswerHead(error.status, passed=answer.error_lines(error))
@@ -358,6 +375,17 @@ class Exchange:
     def tokens(self) -> int:
         """Generated so far, as far as the gateway can tell."""
         return self.timing.tokens
+
+    def blocks(self) -> list[int]:
+        """Of the beginning of its prompt, or of the conversation that its client names."""
+        named, seed = self.call.headers.get(b"x-neaptide-conversation"), self.lane.seed
+        return conversation_of(named, seed) if named else blocks_of(self.call.body, seed)
+
+    def charge(self, tokens: int) -> None:
+        """Its tenant has had so many of it by now."""
+        if tokens > self.charged:
+            self.account.charge(tokens - self.charged, self.rank)
+            self.charged = tokens
 
     def check(self, now: float) -> None:
         """Called by the sweep: is anything overdue?"""

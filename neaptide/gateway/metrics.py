@@ -71,6 +71,7 @@ class ModelMetrics:
         "output",
         "prompt",
         "queue",
+        "resumes",
         "retries",
         "served",
         "slo_ttft_s",
@@ -79,7 +80,7 @@ class ModelMetrics:
     )
 
     def __init__(self) -> None:
-        self.arrivals = self.done = self.errors = self.retries = 0
+        self.arrivals = self.done = self.errors = self.retries = self.resumes = 0
         self.prompt = self.cached = self.output = self.late = self.served = 0
         self.held_s = 0.0  # of those served
         self.slo_ttft_s = 1.0
@@ -188,6 +189,7 @@ _COUNTERS = (
     ("neaptide_errors_total", "Requests that the replica or the gateway failed.", "errors"),
     ("neaptide_late_total", "Requests without a first token within the SLO.", "late"),
     ("neaptide_retries_total", "Requests sent again to a replica.", "retries"),
+    ("neaptide_resumes_total", "Answers that went on elsewhere when their replica was lost.", "resumes"),
     ("vllm:prompt_tokens_total", "Prompt tokens.", "prompt"),
     ("neaptide_cached_tokens_total", "Prompt tokens served from a prefix cache.", "cached"),
     ("vllm:generation_tokens_total", "Generated tokens.", "output"),

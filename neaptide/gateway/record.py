@@ -65,7 +65,7 @@ def usage(exchange: Exchange, now: float) -> Usage:
     0.95 us instead of 0.4."""
     call, asked, timing, key = exchange.call, exchange.asked, exchange.timing, exchange.key
     counts = exchange.counts or Counts(output=timing.tokens)
-    lane, end, tried = exchange.lane.row, exchange.end, exchange.tried
+    lane, end, tried, made = exchange.lane.row, exchange.end, exchange.tried, exchange.made
     waited_s = exchange.waited_s if tried else now - call.arrived_s
     row = Usage(
         request_id=call.id,
@@ -74,7 +74,7 @@ def usage(exchange: Exchange, now: float) -> Usage:
         project=key.project,
         key=key.id,
         model=lane.model,
-        revision=exchange.target.row.revision_of(lane.model) if exchange.target is not None else lane.revision,
+        revision=exchange.revision or lane.revision,
         priority=exchange.priority,
         route=call.route,
         stream=asked.stream,
@@ -98,6 +98,6 @@ def usage(exchange: Exchange, now: float) -> Usage:
         status=0 if exchange.outcome == "aborted" and not exchange.opened else exchange.answer.status,
         finish=exchange.finish,
         error=exchange.error,
-        attempts=(*map(Attempt, tried[:-1]), Attempt(tried[-1], counts.output)) if tried else (),
+        attempts=tuple(map(Attempt, tried, (*made, counts.output - sum(made)))),
     )
     return replace(row, engine_s=end.engine_s, kv_token_s=end.kv_token_s) if end else row

@@ -23,7 +23,9 @@ class Target:
         "in_flight",
         "limit",
         "link",
+        "replayable",
         "report",
+        "resumes",
         "row",
         "sent",
     )
@@ -35,6 +37,8 @@ class Target:
         self.connected = not self.link  # a link has a hello first
         self.draining = row.state == "draining"
         self.in_flight = 0
+        self.resumes = False  # it goes on with answers that others have begun ...
+        self.replayable: frozenset[str] = frozenset()  # ... also where these features are in use
         self.report: LoadReport | None = None
         self.sent = 0  # dispatched less ended since `report`, all its models together
         self.failures = 0
@@ -56,6 +60,17 @@ class Target:
             return True
         report = self.report
         return report is not None and (report.rooms.get(model, 0) if report.rooms else report.slots) > self.sent
+
+    def room(self, now: float, model: str = "") -> int:
+        """Slots that are free: what it would take only to have it at hand is none."""
+        if not self.can_take(now, model):
+            return 0
+        free = self.limit - self.in_flight
+        if not self.link or self.report is None:
+            return free
+        report = self.report
+        slots = report.rooms.get(model, 0) if report.rooms else report.slots
+        return max(0, min(free, slots - report.ahead - self.sent))
 
     def reachable(self, now: float) -> bool:
         return self.connected and not self.draining and not (self.failures and now < self.down_until_s)
@@ -106,6 +121,16 @@ def choose(
     if best is None and avoid:
         return choose(targets, now, turn, model=model)
     return best
+
+
+def room(targets: Sequence[Target], now: float, model: str = "") -> tuple[int, int]:
+    """Slots that are free, and all there are: the free ones and those that are taken from here."""
+    free = taken = 0
+    for target in targets:
+        if target.reachable(now):
+            free += target.room(now, model)
+            taken += target.in_flight
+    return free, free + taken
 
 
 def reachable(targets: Sequence[Target], now: float) -> bool:

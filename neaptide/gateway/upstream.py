@@ -78,6 +78,7 @@ class Sink(Protocol):
     sent_s: float
     deadline_s: float  # infinite: none
     handle: Handle | None
+    ids: bytearray  # of the tokens that other replicas of this request have delivered; a u32 each
 
     @property
     def timeouts(self) -> Timeouts: ...
@@ -98,8 +99,8 @@ class Sink(Protocol):
     def on_end(self, data: bytes, now: float) -> None:
         """The answer is complete; `data` are its last bytes, perhaps none."""
 
-    def on_tokens(self, data: bytes, tokens: int, now: float) -> None:
-        """Ready event bytes of one read, and how many tokens they carry."""
+    def on_tokens(self, data: bytes, ids: bytes, now: float) -> None:
+        """Ready event bytes of one read, and the ids of the tokens that they carry, a u32 each."""
 
     def on_link_headers(self, headers: list[tuple[str, str]]) -> None:
         """Header lines for the answer, before its first token."""

@@ -58,7 +58,7 @@ _decode_headers = msgspec.json.Decoder(list[tuple[str, str]]).decode
 class Stream:
     """One request on the link. Is the Handle of its request."""
 
-    __slots__ = ("_client", "aborted_s", "answered", "batch", "id", "owed", "paused", "sink", "tokens")
+    __slots__ = ("_client", "aborted_s", "answered", "batch", "id", "ids", "owed", "paused", "sink")
 
     def __init__(self, client: LinkClient, number: int, sink: Sink) -> None:
         self._client = client
@@ -68,8 +68,8 @@ class Stream:
         self.owed = 0  # bytes of credit used and not yet granted again
         self.paused = False
         self.aborted_s = 0.0
-        self.batch: bytes | None = None  # what this read brought
-        self.tokens = 0
+        self.batch: bytes | None = None  # what this read brought ...
+        self.ids = b""  # ... and of which tokens
 
     def abort(self) -> None:
         if not self.aborted_s:
@@ -120,11 +120,13 @@ class LinkClient:
         sink.handle = stream
         wire = self._wire
         if wire is None:  # it broke between the choice and here
-            failure = Failure("replica_lost", "lost its connection", retryable=True)
+            failure = Failure("replica_unreached", "lost its connection", retryable=True)
             self._loop.call_soon(sink.on_failure, failure)
             return
         self._streams[stream.id] = stream
         call, asked, body = sink.call, sink.asked, sink.body
+        if sink.ids:
+            body = bytes(sink.ids) + body
         header = OpenHeader(
             request_id=call.id,
             route=call.route,
@@ -134,6 +136,9 @@ class LinkClient:
             model=sink.model if self.row.members else "",
             tenant=sink.key.tenant,
             deadline_in_s=sink.deadline_s - sink.sent_s if sink.deadline_s != float("inf") else None,
+            created_s=int(call.wall_s),
+            resumed=len(sink.ids) // 4,
+            emitted_chars=None if sink.ids and asked.stream else 0,
         )
         wire.write(frame(stream.id, OPEN, link.pack_header(header, body[:PART_BYTES])))
         for start in range(PART_BYTES, len(body), PART_BYTES):
@@ -191,6 +196,7 @@ class LinkClient:
         if row.epoch and hello.epoch != row.epoch:
             raise LinkError(f"replica {row.id} answers with epoch {hello.epoch}, the table says {row.epoch}")
         self._wire = wire
+        self.target.resumes, self.target.replayable = hello.resumes, _replayable(hello)
         self.target.connected = not self._closing
         self.target.answered()
 
@@ -223,11 +229,11 @@ class LinkClient:
                 if len(payload) < start:
                     raise LinkError("a token frame shorter than its ids")
                 if stream.batch is None:
-                    stream.batch, stream.tokens = payload[start:], tokens
+                    stream.batch, stream.ids = payload[start:], payload[2:start]
                     touched.append(stream)
                 else:
                     stream.batch += payload[start:]
-                    stream.tokens += tokens
+                    stream.ids += payload[2:start]
                 stream.owed += len(payload)
             else:
                 self._take_other(number, kind, payload, now)
@@ -256,10 +262,16 @@ class LinkClient:
             raise LinkError(f"a frame of type {kind} on stream {number}")
 
 
+def _replayable(hello: Hello) -> frozenset[str]:
+    """The sampling features that an answer begun elsewhere may depend on."""
+    told = (hello.describe or {}).get("replayable")
+    return frozenset(msgspec.json.decode(told, type=list[str])) if told is not None else frozenset()
+
+
 def _deliver(stream: Stream, now: float) -> None:
     data, stream.batch = stream.batch or b"", None
     stream.answered = True
-    stream.sink.on_tokens(data, stream.tokens, now)
+    stream.sink.on_tokens(data, stream.ids, now)
     if stream.owed >= GRANT_BYTES and not stream.paused:
         stream.grant()
 

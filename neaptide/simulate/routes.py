@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections import OrderedDict
 from typing import Literal, Protocol
 
+from neaptide.gateway.affinity import Familiar, may_take
 from neaptide.gateway.route import Target, choose
 from neaptide.simulate.engine import Book
 
 RouteName = Literal["least-loaded", "round-robin", "two-choices", "prefix"]
-KNOWN_BLOCKS = 200_000  # that the prefix route remembers
-MATCH = 0.5  # of a prompt's blocks must be known to it, or the load decides: a system prompt is known to everybody
-SPREAD, SLACK = 1.5, 1  # it leaves a replica that has more in flight than 1.5 x the least loaded one + 1
 
 
 class Pool:
@@ -81,7 +77,7 @@ class PrefixAffinity:
 
     def __init__(self, book: Book, block_tokens: int) -> None:
         self._book, self._block_tokens = book, block_tokens
-        self._where: OrderedDict[int, str] = OrderedDict()  # block -> replica
+        self._familiar = Familiar()
         self._turn = 0
 
     def pick(self, pool: Pool, id: int, now_s: float) -> Target | None:
@@ -90,20 +86,11 @@ class PrefixAffinity:
             return None
         self._turn += 1
         blocks = self._book.shareable(id, self._block_tokens)
-        target = self._familiar(pool, blocks, now_s, SPREAD * least.in_flight + SLACK) or least
-        for block in blocks:
-            self._where[block] = target.row.id
-            self._where.move_to_end(block)
-        while len(self._where) > KNOWN_BLOCKS:
-            self._where.popitem(last=False)
+        known = pool.by_id.get(self._familiar.replica(blocks, pool.by_id) or "")
+        fits = known is not None and may_take(known.in_flight, least.in_flight) and known.can_take(now_s)
+        target = known if known is not None and fits else least
+        self._familiar.went(blocks, target.row.id)
         return target
-
-    def _familiar(self, pool: Pool, blocks: list[int], now_s: float, most: float) -> Target | None:
-        for block in reversed(blocks[math.ceil(MATCH * len(blocks)) - 1 :]):
-            target = pool.by_id.get(self._where.get(block, ""))
-            if target is not None:
-                return target if target.in_flight <= most and target.can_take(now_s) else None
-        return None
 
 
 def router(name: RouteName, book: Book, block_tokens: int, seed: int) -> Router:

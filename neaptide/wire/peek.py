@@ -41,7 +41,18 @@ class _Asked(msgspec.Struct, gc=False):
     stream_options: _StreamOptions | None = None
 
 
+class _Sampled(msgspec.Struct, gc=False):
+    temperature: float | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    response_format: msgspec.Raw = msgspec.Raw()
+    logprobs: bool | int | None = None
+
+
 _decode = msgspec.json.Decoder(_Asked).decode
+_decode_sampled = msgspec.json.Decoder(_Sampled).decode
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _encode = msgspec.json.Encoder().encode
 _PLACE = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<where>[^`]*)`)?$", re.DOTALL)
@@ -72,6 +83,24 @@ def peek(body: bytes) -> Peek:
         asked.max_tokens if limit is None else limit,
         options.include_usage if options is not None else None,
     )
+
+
+def replays(body: bytes) -> frozenset[str]:
+    """The sampling features of a request that its answer, continued by another engine, depends on: of an
+    engine.protocol.Description's `replayable`. Chance without a seed is none: any continuation is as good a sample."""
+    try:
+        asked = _decode_sampled(body)
+    except ValueError:  # a replica has taken what we cannot read
+        return frozenset(("unknown",))
+    found = {
+        "greedy": asked.temperature == 0,
+        "seed": asked.seed is not None and asked.temperature != 0,
+        "penalties": bool(asked.presence_penalty or asked.frequency_penalty),
+        "repetition_penalty": asked.repetition_penalty not in (None, 1.0),
+        "json_schema": b'"json' in bytes(asked.response_format),
+        "logprobs": asked.logprobs is not None and asked.logprobs is not False,
+    }
+    return frozenset(name for name, used in found.items() if used)
 
 
 def splice(body: bytes, *, model: str | None = None, include_usage: bool = False) -> bytes:

@@ -1,0 +1,75 @@
+"""Which replica has lately computed the beginning of a prompt, and so has it in its prefix cache. Pure.
+
+A prompt's blocks are numbers, each of which stands for all of the prompt up to it. The gateway makes them of a body's
+bytes; the simulator takes those of its arrivals.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Container, Sequence
+from math import ceil
+from zlib import crc32
+
+KNOWN_BLOCKS = 200_000  # that are remembered, of all models' prompts; about 30 MB
+MATCH = 0.5  # of a prompt's blocks must be known at a replica, or the load decides: a system prompt is known to all
+SPREAD, SLACK = 1.5, 1  # it is left where it has more in flight than 1.5 x the least loaded one + 1
+BLOCK_BYTES = 1024
+LOOKED_AT = 256  # of them: it is a hint, and a wrong one costs a prefill
+MOST_BLOCKS = 64
+
+
+def blocks_of(body: bytes, seed: int) -> list[int]:
+    """Of a chat or completion request; none of a short one. `seed`: another for each model."""
+    size = len(body)
+    if size < BLOCK_BYTES:
+        return []
+    start = body.find(b'"messages"')  # what stands before may differ between turns of one conversation
+    if start < 0:
+        start = max(0, body.find(b'"prompt"'))
+    found: list[int] = []
+    known, view = seed, memoryview(body)
+    for at in range(start, min(size - BLOCK_BYTES, start + MOST_BLOCKS * BLOCK_BYTES), BLOCK_BYTES):
+        known = crc32(view[at : at + LOOKED_AT], known)
+        found.append(known << 8 | len(found))
+    return found
+
+
+def conversation_of(name: bytes, seed: int) -> list[int]:
+    """A client's own word for what belongs together, as one block."""
+    return [-1 - crc32(name, seed)]
+
+
+class Familiar:
+    """Where each block went last; the oldest are forgotten."""
+
+    __slots__ = ("_most", "_where")
+
+    def __init__(self, most: int = KNOWN_BLOCKS) -> None:
+        self._most = most
+        self._where: OrderedDict[int, str] = OrderedDict()  # block -> replica
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def replica(self, blocks: Sequence[int], present: Container[str]) -> str | None:
+        """Of those that are present the one where the longest known beginning went, if it is MATCH of the prompt."""
+        where = self._where
+        for at in range(len(blocks) - 1, max(0, ceil(MATCH * len(blocks)) - 1) - 1, -1):
+            replica = where.get(blocks[at])
+            if replica is not None and replica in present:
+                return replica
+        return None
+
+    def went(self, blocks: Sequence[int], replica: str) -> None:
+        where = self._where
+        for block in blocks:
+            where[block] = replica
+            where.move_to_end(block)
+        while len(where) > self._most:
+            where.popitem(last=False)
+
+
+def may_take(in_flight: int, least: int) -> bool:
+    """Whether a replica with so many in flight is not too loaded beside the least loaded one."""
+    return in_flight <= SPREAD * least + SLACK
