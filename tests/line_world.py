@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from neaptide.gateway.queue import NORMAL, Line, May
-from neaptide.gateway.shares import Account, prompt_cost
+from neaptide.gateway.shares import PROMPT_BYTE, Account
 
 SWEEP_S = 0.1  # as the gateway's
 
@@ -98,7 +98,7 @@ class World:
         self.waits[job.tenant].append(now - job.at_s)
         self.order.append(job)
         account.running += 1
-        account.charge(prompt_cost(job.prompt_bytes), job.rank)
+        account.charge(job.prompt_bytes * PROMPT_BYTE, job.rank)
         self._serial += 1
         running = Running(job, account, now, self.tpot_s)
         heapq.heappush(self._running, (now + job.tokens * self.tpot_s, self._serial, running))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from neaptide.gateway.affinity import BLOCK_BYTES, KNOWN_BLOCKS, MATCH, Familiar, blocks_of, may_take
+from neaptide.gateway.affinity import KNOWN_BLOCKS, MATCH, SHORT_BYTES, Familiar, blocks_of, may_take
 from tests.gateway_kit import AUTH, FakeReplica, Running, chat, post, reply_json, run, serving, until
 from tests.test_gateway_http import holding
 
@@ -57,7 +57,7 @@ def test_a_block_stands_for_all_before_it() -> None:
     assert not set(one) & set(other)
 
 
-@pytest.mark.parametrize("short", [b"", b"{}", body(prompt="x" * 200), b'{"prompt": "' + b"x" * (BLOCK_BYTES - 20)])
+@pytest.mark.parametrize("short", [b"", b"{}", body(prompt="x" * 200), body(prompt="x" * (SHORT_BYTES - 20))])
 def test_a_short_prompt_has_none(short: bytes) -> None:
     assert blocks_of(short, 7) == []
 

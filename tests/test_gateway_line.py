@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from neaptide.errors import RequestError
 from neaptide.gateway.queue import SPARED, Line, Ticket
-from neaptide.gateway.shares import KEPT, Shares, prompt_cost
+from neaptide.gateway.shares import KEPT, PROMPT_BYTE, Shares
 from tests.line_world import World, poisson
 
 HIGH, NORMAL, LOW = 0, 1, 2
@@ -100,7 +100,7 @@ def test_tokens_count_as_they_are_produced() -> None:
 
 
 def test_a_prompt_counts_a_tenth_of_its_tokens() -> None:
-    assert prompt_cost(4000) == pytest.approx(100)
+    assert pytest.approx(100) == 4000 * PROMPT_BYTE
 
 
 def test_accounts_of_tenants_that_are_gone_do_not_pile_up() -> None:

@@ -15,6 +15,7 @@ KNOWN_BLOCKS = 200_000  # that are remembered, of all models' prompts; about 30 
 MATCH = 0.5  # of a prompt's blocks must be known at a replica, or the load decides: a system prompt is known to all
 SPREAD, SLACK = 1.5, 1  # it is left where it has more in flight than 1.5 x the least loaded one + 1
 BLOCK_BYTES = 1024
+SHORT_BYTES = 2 * BLOCK_BYTES  # a body under it is computed anew sooner than looked up
 LOOKED_AT = 256  # of them: it is a hint, and a wrong one costs a prefill
 MOST_BLOCKS = 64
 
@@ -22,7 +23,7 @@ MOST_BLOCKS = 64
 def blocks_of(body: bytes, seed: int) -> list[int]:
     """Of a chat or completion request; none of a short one. `seed`: another for each model."""
     size = len(body)
-    if size < BLOCK_BYTES:
+    if size < SHORT_BYTES:
         return []
     start = body.find(b'"messages"')  # what stands before may differ between turns of one conversation
     if start < 0:

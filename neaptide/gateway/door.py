@@ -20,7 +20,7 @@ from neaptide.gateway.exchange import DONE, WAITING, Exchange
 from neaptide.gateway.lane import Lane
 from neaptide.gateway.metrics import Metrics
 from neaptide.gateway.route import Target
-from neaptide.gateway.shares import prompt_cost
+from neaptide.gateway.shares import PROMPT_BYTE
 from neaptide.gateway.upstream import Upstream
 from neaptide.table import Gauges, KeyRow, ReplicaRow, Table
 from neaptide.types import Begin, Usage
@@ -102,7 +102,8 @@ class Door:
         line, rank = lane.line, exchange.rank
         exchange.account = account = line.shares.of(key.tenant)
         line.shares.asked(account, rank, now)
-        may = lane.may(now) if account.running or line.waiting else None  # who runs nothing is below its share
+        # Who runs nothing is below its share.
+        may = lane.may(now) if line.shares.crowded and (account.running or line.waiting) else None
         allowed = may is None or may(account, rank)
         target = lane.pick(exchange, now) if allowed and not line.waiting else None
         if target is None:
@@ -160,7 +161,7 @@ class Door:
                 return
             exchange.begun = True
             lane.running += 1
-            exchange.account.charge(prompt_cost(call.size), exchange.rank)
+            exchange.account.charge(call.size * PROMPT_BYTE, exchange.rank)
         exchange.account.running += 1
         target.take()
         body, hide = call.body, False

@@ -108,7 +108,7 @@ class Lane:
     def may(self, now: float) -> May | None:
         """Whose requests may have what is free; None: anybody's."""
         shares = self.line.shares
-        if shares.alone(now):
+        if not shares.crowded or shares.alone(now):
             return None
         free, slots = route.room(self.targets, now, self.row.model)
         return lambda account, rank: shares.may_take(account, rank, free, slots)

@@ -42,7 +42,7 @@ class Shares:
     are kept for tenants below their share who have asked lately, in that class or a higher one, and wait for nothing.
     """
 
-    __slots__ = ("_accounts", "_lately", "_lately_s", "_most", "_weight", "_weights")
+    __slots__ = ("_accounts", "_lately", "_lately_s", "_most", "_weight", "_weights", "crowded")
 
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
@@ -51,6 +51,7 @@ class Shares:
         self._lately: list[list[Account]] = [[] for _ in range(CLASSES)]  # who has asked, as of _lately_s, by class ...
         self._lately_s = -math.inf
         self._weight = [0.0] * CLASSES  # ... and all their weight
+        self.crowded = False  # two or more may have asked lately: ask `alone`
 
     def __len__(self) -> int:
         return len(self._accounts)
@@ -71,7 +72,7 @@ class Shares:
 
     def asked(self, account: Account, rank: int, now: float) -> None:
         if now - account.asked_s[rank] >= LATELY_S:
-            self._lately_s = -math.inf  # somebody new: look again
+            self._lately_s, self.crowded = -math.inf, True  # somebody new: look again
         account.asked_s[rank] = now
 
     def alone(self, now: float) -> bool:
@@ -81,7 +82,8 @@ class Shares:
             for rank in range(CLASSES):
                 lately = [a for a in self._accounts.values() if self._is_here(a, rank, now)]
                 self._lately[rank], self._weight[rank] = lately, sum(a.weight for a in lately)
-        return len(self._lately[-1]) < 2
+            self.crowded = len(self._lately[-1]) > 1
+        return not self.crowded
 
     def _is_here(self, account: Account, rank: int, now: float) -> bool:
         if rank == CLASSES - 1 and (account.waiting or account.running):
@@ -105,6 +107,4 @@ class Shares:
         self._most = max(KEPT, 2 * len(self._accounts))
 
 
-def prompt_cost(prompt_bytes: int) -> float:
-    """What a prompt is charged when it is sent."""
-    return prompt_bytes * (PROMPT / BYTES_A_TOKEN)
+PROMPT_BYTE = PROMPT / BYTES_A_TOKEN  # what each byte of a prompt is charged when it is sent
