@@ -47,10 +47,10 @@ def from_others(folder: Folder, run: Run, fit: Fitted, form: learn.Form | None) 
 
 
 def learnt_from(folder: Folder, logs: Sequence[Path], overhead_s: float, form: learn.Form | None) -> Fitted:
-    traits, learnt = learn.engine(logs, form)
-    assert learnt is not None  # a log of ours
-    setup = Setup(engine=traits, replicas=folder.about.replicas)
-    return Fitted(setup, overhead_s, learn.read(logs)[1], learnt)
+    about, steps = learn.read(logs)
+    learnt = learn.learn(steps, form)
+    setup = Setup(engine=learn.traits(about, learnt.traits), replicas=folder.about.replicas)
+    return Fitted(setup, overhead_s, steps, learnt)
 
 
 def overhead_s(folder: Folder, alone: Run) -> float:
@@ -105,14 +105,15 @@ def errors(simulated: Quantiles, real: Quantiles) -> Quantiles:
 def compared(folder: Folder, run: Run, fit: Fitted, form: learn.Form | None) -> dict[str, Any]:
     """Quantiles of both sides, the simulated ones' relative errors, and where these come from. `fit`: the
     calibration's, which predicts where there is no other run to learn from."""
-    asked, logs = answered(run.told), folder.logs(run)
+    asked = answered(run.told)
     real = quantiles(asked.ttft_s, asked.tpot_s)
     others = from_others(folder, run, fit, form)
     by = others or fit
     predicted, instead = simulated(by.setup, by.overhead_s, asked)
     before, _ = simulated(fit.setup, fit.overhead_s, asked)
-    by_own, _ = simulated(learnt_from(folder, logs, fit.overhead_s, form).setup, fit.overhead_s, asked)
-    _, ran = learn.read(logs)
+    own = learnt_from(folder, folder.logs(run), fit.overhead_s, form)
+    by_own, _ = simulated(own.setup, own.overhead_s, asked)
+    ran = own.steps
     step, span_s = by.setup.engine.step, asked.told["wall_s"] * folder.about.replicas
     return {
         "seed": run.seed, "rps": run.rps, **asked.told,

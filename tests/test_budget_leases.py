@@ -159,12 +159,18 @@ def test_two_gateways_that_ask_for_two_budgets_each_in_its_own_order_do_not_hold
     assert house.running == 100
 
 
-def test_what_lies_idle_in_one_gateway_is_called_back_before_another_refuses() -> None:
+def lying_idle() -> tuple[House, Door, Door]:
+    """A budget of 100 of which 5 are spent and 35 lie in the lease of the first gateway."""
     house = House(2, money=100)
     one, other = house.doors.values()
     one.enter("a", {"money": 40})
     house.pump()
-    house.end(one, "a", {"money": 5})  # 35 come back into the lease there
+    house.end(one, "a", {"money": 5})
+    return house, one, other
+
+
+def test_what_lies_idle_in_one_gateway_is_called_back_before_another_refuses() -> None:
+    house, one, other = lying_idle()
     other.enter("b", {"money": 90})
     house.pump()
     assert other.running == ["b"]
@@ -172,11 +178,7 @@ def test_what_lies_idle_in_one_gateway_is_called_back_before_another_refuses() -
 
 
 def test_a_gateway_that_does_not_answer_is_waited_for_once_for_a_second() -> None:
-    house = House(2, money=100)
-    one, other = house.doors.values()
-    one.enter("a", {"money": 40})
-    house.pump()
-    house.end(one, "a", {"money": 5})
+    house, one, other = lying_idle()
     house.silent.add(one.name)
     other.enter("b", {"money": 90})
     house.pump()
@@ -223,11 +225,7 @@ def test_a_grant_that_was_lost_with_its_connection_is_lent_again() -> None:
 
 
 def test_what_was_given_back_and_lost_on_the_way_is_there_again() -> None:
-    house = House(2, money=100)
-    one, other = house.doors.values()
-    one.enter("a", {"money": 40})
-    house.pump()
-    house.end(one, "a", {"money": 5})
+    house, one, other = lying_idle()
     other.enter("b", {"money": 90})
     house.ask(other.name)
     house.control_reads(other.name)
@@ -238,11 +236,7 @@ def test_what_was_given_back_and_lost_on_the_way_is_there_again() -> None:
 
 
 def test_a_recall_that_was_lost_with_its_connection_is_sent_again() -> None:
-    house = House(2, money=100)
-    one, other = house.doors.values()
-    one.enter("a", {"money": 40})
-    house.pump()
-    house.end(one, "a", {"money": 5})
+    house, one, other = lying_idle()
     other.enter("b", {"money": 90})
     house.ask(other.name)
     house.control_reads(other.name)

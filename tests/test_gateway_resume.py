@@ -38,20 +38,22 @@ def of(request: Opened) -> tuple[tuple[int, ...], bytes]:
     return struct.unpack_from(f"<{request.header.resumed}I", request.body), request.body[size:]
 
 
-def serving_one(replicas: list[FakeLinkReplica]) -> tuple[FakeLinkReplica, FakeLinkReplica]:
-    """(the one that has the request, the other)."""
+async def asked_of_two(
+    running: Running, replicas: list[FakeLinkReplica]
+) -> tuple[Client, FakeLinkReplica, FakeLinkReplica]:
+    """A stream that was asked for; the replica that has it, the other one."""
+    client = await running.connect()
+    await client.send(post(chat(stream=True)))
+    await until(lambda: any(r.requests for r in replicas))
     one, other = replicas
-    return (one, other) if one.requests else (other, one)
+    return (client, one, other) if one.requests else (client, other, one)
 
 
 @pytest.mark.parametrize("how", ["cut", "engine_died", "draining"])
 def test_a_stream_goes_on_at_another_replica_from_the_tokens_that_are_out(how: str) -> None:
     async def main() -> None:
         async with linked(2, hello=SAYS, replica=OURS) as (running, replicas):
-            client = await running.connect()
-            await client.send(post(chat(stream=True)))
-            await until(lambda: any(r.requests for r in replicas))
-            first, second = serving_one(replicas)
+            client, first, second = await asked_of_two(running, replicas)
             request = first.requests[0]
             request.token(event("a"), (97,))
             await client.head()
@@ -133,10 +135,7 @@ def test_where_sampling_cannot_be_replayed_the_stream_ends_with_an_error_event(f
 def test_a_fault_of_the_request_itself_does_not_go_on() -> None:
     async def main() -> None:
         async with linked(2, hello=SAYS, replica=OURS) as (running, replicas):
-            client = await running.connect()
-            await client.send(post(chat(stream=True)))
-            await until(lambda: any(r.requests for r in replicas))
-            first, second = serving_one(replicas)
+            client, first, second = await asked_of_two(running, replicas)
             first.requests[0].token(event("a"), (97,))
             first.requests[0].end(finish="error", error="engine_error", status=502)
             assert b'"engine_error"' in (await client.answer()).body
@@ -231,10 +230,7 @@ def test_an_answer_older_than_the_longest_wait_still_waits_for_a_replica() -> No
 def test_an_answer_of_a_revision_that_is_gone_holds_up_nobody() -> None:
     async def main() -> None:
         async with linked(2, hello=SAYS, replica=OURS) as (running, replicas):
-            client = await running.connect()
-            await client.send(post(chat(stream=True)))
-            await until(lambda: any(r.requests for r in replicas))
-            first, second = serving_one(replicas)
+            client, first, second = await asked_of_two(running, replicas)
             first.requests[0].token(event("a"), (97,))
             await client.head()
             assert await client.chunk() == event("a")

@@ -7,9 +7,11 @@ bytes; the simulator takes those of its arrivals.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from math import ceil
 from zlib import crc32
+
+from neaptide.gateway.route import Target
 
 KNOWN_BLOCKS = 200_000  # that are remembered, of all models' prompts; about 30 MB
 MATCH = 0.5  # of a prompt's blocks must be known at a replica, or the load decides: a system prompt is known to all
@@ -69,6 +71,17 @@ class Familiar:
             where.move_to_end(block)
         while len(where) > self._most:
             where.popitem(last=False)
+
+    def choose(
+        self, blocks: Sequence[int], by_id: Mapping[str, Target], least: Target, now: float, model: str = ""
+    ) -> Target:
+        """The replica that has seen the beginning, if it can take it and is not too loaded beside the `least` loaded
+        one; else that one. Whoever it is gets it."""
+        known = by_id.get(self.replica(blocks, by_id) or "")
+        fits = known is not None and may_take(known.in_flight, least.in_flight) and known.can_take(now, model)
+        target = known if known is not None and fits else least
+        self.went(blocks, target.row.id)
+        return target
 
 
 def may_take(in_flight: int, least: int) -> bool:

@@ -8,7 +8,7 @@ from zlib import crc32
 
 from neaptide.errors import RequestError
 from neaptide.gateway import resume, route
-from neaptide.gateway.affinity import Familiar, may_take
+from neaptide.gateway.affinity import Familiar
 from neaptide.gateway.metrics import ModelMetrics
 from neaptide.gateway.queue import Line, May
 from neaptide.gateway.route import Target
@@ -63,11 +63,7 @@ class Lane:
         blocks = exchange.blocks()
         if not blocks:
             return least
-        known = self._by_id.get(self._familiar.replica(blocks, self._by_id) or "")
-        fits = known is not None and may_take(known.in_flight, least.in_flight) and known.can_take(now, self.row.model)
-        target = known if known is not None and fits else least
-        self._familiar.went(blocks, target.row.id)
-        return target
+        return self._familiar.choose(blocks, self._by_id, least, now, self.row.model)
 
     def fits(self, exchange: Exchange, now: float) -> bool:
         """Whether some replica that has room can go on with what it has begun."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Literal, Protocol
 
-from neaptide.gateway.affinity import Familiar, may_take
+from neaptide.gateway.affinity import Familiar
 from neaptide.gateway.route import Target, choose
 from neaptide.simulate.engine import Book
 
@@ -86,11 +86,7 @@ class PrefixAffinity:
             return None
         self._turn += 1
         blocks = self._book.shareable(id, self._block_tokens)
-        known = pool.by_id.get(self._familiar.replica(blocks, pool.by_id) or "")
-        fits = known is not None and may_take(known.in_flight, least.in_flight) and known.can_take(now_s)
-        target = known if known is not None and fits else least
-        self._familiar.went(blocks, target.row.id)
-        return target
+        return self._familiar.choose(blocks, pool.by_id, least, now_s)
 
 
 def router(name: RouteName, book: Book, block_tokens: int, seed: int) -> Router:
