@@ -12,7 +12,8 @@ import pytest
 from openai import APIError, AsyncOpenAI
 
 from neaptide.clock import mono_s
-from neaptide.gateway.exchange import HEARTBEAT, HEARTBEAT_S
+from neaptide.gateway.exchange import HEARTBEAT
+from neaptide.gateway.overdue import HEARTBEAT_S
 from neaptide.table import Table
 from tests.gateway_kit import (
     KEY,

@@ -11,7 +11,7 @@ from msgspec import Raw
 
 from neaptide.clock import mono_s
 from neaptide.errors import RequestError, StorageError
-from neaptide.gateway import admit, ids, queue, record, route
+from neaptide.gateway import admit, ids, overdue, queue, record, route
 from neaptide.gateway.access import AccessLog, Line, UsageLine
 from neaptide.gateway.affinity import Familiar
 from neaptide.gateway.call import Call
@@ -290,7 +290,7 @@ class Door:
         for exchange in list(self.live):
             if exchange.state != DONE:
                 exchange.charge(exchange.tokens)
-                exchange.check(now)
+                overdue.check(exchange, now)
 
     def end_all(self, error: RequestError, now: float) -> None:
         """The process ends: everybody is told."""

@@ -3,8 +3,8 @@
     WAITING -> SENT -> (OPEN) -> DONE        OPEN: words of the answer are out, so another replica can only go on
                   \\-> LEAVING -> DONE        the client left; a link's replica still tells its token counts
 
-A stream that waits long (a model at zero starts a replica) gets its head and a comment every HEARTBEAT_S, so that no
-proxy takes it for dead; whatever goes wrong from then on is an error event.
+A stream that waits long (a model at zero starts a replica) gets its head and a comment now and then (overdue.py), so
+that no proxy takes it for dead; whatever goes wrong from then on is an error event.
 
 The per-token path is `on_body` (HTTP) and `on_tokens` (link): one clock reading, a few counters, one write; no parsing.
 Whatever ends an answer is held until the row is written: `_settle` gives it to the journal's `then`.
@@ -28,7 +28,7 @@ from neaptide.gateway.route import Target
 from neaptide.gateway.shares import Account
 from neaptide.gateway.sse import Counts, HideUsage
 from neaptide.gateway.upstream import PASSED_HEADERS, AnswerHead, Failure, Handle, replica_error
-from neaptide.link import STALL_S, EndHeader
+from neaptide.link import EndHeader
 from neaptide.table import KeyRow, Timeouts
 from neaptide.types import Outcome, Priority
 from neaptide.wire.peek import Peek
@@ -40,9 +40,7 @@ if TYPE_CHECKING:
 
 WAITING, SENT, OPEN, LEAVING, DONE = range(5)
 ATTEMPTS_AT_MOST = 3
-HEARTBEAT_S = 5.0  # a stream that waits hears from us so often
 HEARTBEAT = b": waiting for a replica\n\n"
-LEAVING_S = 5.0  # how long a link's replica has to tell what an aborted request cost
 WHOLE_ANSWER = 64 << 10  # a longer answer that does not stream is passed on as it comes
 RETRY_STATUS = frozenset((502, 503))
 TOKEN_END = b"null}]}\n\n"  # how an event ends that carries neither a finish reason nor usage
@@ -387,29 +385,7 @@ class Exchange:
             self.account.charge(tokens - self.charged, self.rank)
             self.charged = tokens
 
-    def check(self, now: float) -> None:
-        """Called by the sweep: is anything overdue?"""
-        timeouts = self.timeouts
-        if self.state == WAITING:
-            if self.asked.stream and now - self.state_s >= HEARTBEAT_S:
-                self._beat(now)
-        elif self.state == LEAVING:
-            if now - self.state_s > LEAVING_S:
-                self._settle(b"", now)
-        elif now >= self.deadline_s:
-            self._late("deadline_exceeded", "its deadline passed", now)
-        elif now - self.sent_s > timeouts.total_s:
-            self._late("total_timeout", f"it took longer than {timeouts.total_s:g} s", now)
-        elif self.paused_s:
-            if now - self.paused_s > STALL_S:  # the client reads nothing: it holds a slot for nothing
-                self.connection.abort()
-        elif self.state_s == self.sent_s:
-            if now - self.sent_s > timeouts.first_byte_s:
-                self._late("first_byte_timeout", f"the replica said nothing for {timeouts.first_byte_s:g} s", now)
-        elif now - max(self.state_s, self.timing.last_s) > timeouts.idle_s:
-            self._late("idle_timeout", f"the replica fell silent for {timeouts.idle_s:g} s", now)
-
-    def _beat(self, now: float) -> None:
+    def beat(self, now: float) -> None:
         """It still waits for a replica: keep the client's connection alive."""
         if not self.opened:
             self._say(200, answer.EVENTS, events=True)
@@ -417,8 +393,9 @@ class Exchange:
         self.state_s = now
         self.connection.write(self._framed(HEARTBEAT, last=False))
 
-    def _late(self, slug: str, why: str, now: float) -> None:
-        self.fail(RequestError(504, f"The request was stopped: {why}.", slug=slug), now, "timeout")
+    def left(self, now: float) -> None:
+        """Its client is gone, and its replica has not told what it cost."""
+        self._settle(b"", now)
 
     def _abort_upstream(self) -> None:
         handle, self.handle = self.handle, None
