@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neaptide.cli.checks import _tls
 from neaptide.clock import wall_s
 from neaptide.config import parse
 from neaptide.errors import ConfigError
@@ -202,3 +203,18 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     s = parse(text, "t", tmp_path)
     assert s.tls == ListenTls(cert=f"{tmp_path}/tls/a.crt", key="/k")
     assert s.models["m"].replicas[0].tls == ReplicaTls(ca=f"{tmp_path}/ca.crt")
+
+
+def test_doctor_tells_what_it_thinks_of_certificates(tmp_path: Path) -> None:
+    house = House(tmp_path, days_ago=200)
+    levels = []
+    for name, days_ago in (("good", 0), ("late", 80), ("gone", 100)):
+        made = house.issue(name, days_ago=days_ago)
+        text = f"models: {{guide: {{}}}}\nadmin: {{tls: {{cert: {made.cert}, key: {made.key}}}}}\n"
+        (check,) = _tls(parse(text, "t"))
+        levels.append(check.level)
+    Path(made.key).chmod(0o644)
+    (check,) = _tls(parse(text, "t"))
+    assert [*levels, check.level] == ["ok", "warn", "fail", "fail"]
+    assert "E132" in check.text
+    assert _tls(parse("models: {guide: {}}", "t")) == []

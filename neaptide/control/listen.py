@@ -18,8 +18,8 @@ LOOK_TICKS = round(POLL_S / 0.1)  # uvicorn ticks each 0.1 s
 
 
 class AdminServer(uvicorn.Server):
-    """Without uvicorn's own signal handlers: SIGTERM is ours. With `served` it accepts through TlsListener: uvicorn's own
-    TLS has one certificate for good."""
+    """Without uvicorn's own signal handlers: SIGTERM is ours. With `served` it accepts through TlsListener, since the
+    TLS of uvicorn has one certificate for good."""
 
     def __init__(self, app: ASGIApp, served: Served | None = None) -> None:
         super().__init__(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=5))

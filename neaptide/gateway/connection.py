@@ -447,9 +447,10 @@ class Connection(asyncio.Protocol):
         self._ahead.clear()
         if not self._reading:
             self._resume()
-        if self in self._server.connections and transport.can_write_eof():
+        ours = self in self._server.connections
+        if ours and transport.can_write_eof():
             transport.write_eof()
-        else:
+        elif not (ours and self._in_body):  # TLS cannot close by half: who still sends is left to read, or to time
             transport.close()
 
     def _free(self, call: Call) -> None:
