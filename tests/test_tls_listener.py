@@ -159,7 +159,7 @@ def test_a_client_that_does_not_know_the_authority_or_the_name_stays_away(tmp_pa
                 await asyncio.open_connection(
                     "127.0.0.1", running.port, ssl=house.client(), server_hostname="api.example.com"
                 )
-            await until(lambda: failed(running)["refused_by_client"] >= 1)
+            await until(lambda: sum(failed(running).values()) == 2)  # by alert or by leaving: clients differ
 
     run(main())
 
@@ -293,12 +293,14 @@ def test_an_authority_of_clients_that_is_replaced_ends_their_sessions_too(tmp_pa
     kept: list[ssl.SSLSession | None] = [None]
 
     def ask(port: int) -> bytes:
-        with socket.create_connection(("127.0.0.1", port)) as raw:
+        """b"" when the connection ends instead."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as raw:
             with tls.wrap_socket(raw, server_hostname="localhost", session=kept[0]) as spoken:
                 spoken.sendall(GET)
                 said = spoken.recv(1 << 16)
                 kept[0] = spoken.session
                 return said
+        return b""
 
     async def main() -> None:
         async with serving(reply_by_body, secure=secure) as (running, _):
@@ -306,8 +308,8 @@ def test_an_authority_of_clients_that_is_replaced_ends_their_sessions_too(tmp_pa
             bundle.write_text(Path(others.ca).read_text())
             secure.served.poll(wall_s())
             secure.served.poll(wall_s())
-            with pytest.raises((ssl.SSLError, ConnectionError)):
-                await asyncio.to_thread(ask, running.port)
+            assert await asyncio.to_thread(ask, running.port) == b""
+            await until(lambda: failed(running)["client_certificate_invalid"] == 1)
 
     run(main())
 
