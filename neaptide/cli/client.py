@@ -274,7 +274,7 @@ def _untrusted(endpoint: Endpoint, cause: ssl.SSLError) -> UnreachableError:
 
 def _broken(endpoint: Endpoint, cause: Exception) -> UnreachableError:
     why = str(cause) or type(cause).__name__
-    if isinstance(cause, ssl.SSLError) and "CERTIFICATE" in (cause.reason or ""):
+    if isinstance(cause, ssl.SSLError) and "CERTIFICATE" in (getattr(cause, "reason", None) or ""):
         fix = "export NEAPTIDE_CLIENT_CERT=FILE NEAPTIDE_CLIENT_KEY=FILE"
         what = f"{endpoint} wants a client certificate that it trusts"
         return UnreachableError(what, why=why, fix=fix, code="E406")

@@ -57,15 +57,15 @@ class Wish(NamedTuple):
 
 def init(folder: Path, subject: str, now_s: float, days: int = CA_DAYS) -> Path:
     """A new authority in `folder`; the path of its certificate. ConfigError E134: never over another."""
-    x509, ec, _ = _library()
+    lib = _library()
     cert, key_path = folder / f"{CA}.crt", folder / f"{CA}.key"
     if cert.exists() or key_path.exists():
         what = f"{folder} holds an authority already"
         raise ConfigError(what, code="E134", fix="neaptide ca issue NAME, or another --dir", why=f"{key_path} is kept")
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, subject)])
+    key = lib.ec.generate_private_key(lib.ec.SECP256R1())
+    name = lib.x509.Name([lib.x509.NameAttribute(lib.x509.NameOID.COMMON_NAME, subject)])
     builder = _builder(name, name, key.public_key(), now_s, days)
-    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    builder = builder.add_extension(lib.x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_key_usage(signs=True), critical=True)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _create(key_path, _private_pem(key), 0o600)
@@ -76,7 +76,7 @@ def init(folder: Path, subject: str, now_s: float, days: int = CA_DAYS) -> Path:
 def issue(folder: Path, name: str, wish: Wish, now_s: float, renew: bool = False) -> Issued:
     """NAME.crt and NAME.key, signed by the authority in `folder`. `renew`: in place of the pair that is there, for the
     same names and usage where `wish` says nothing of them. ConfigError E134, E135."""
-    x509, ec, _ = _library()
+    lib = _library()
     if not NAME.fullmatch(name) or name == CA:
         raise ConfigError(f"{name!r} is not a name for a certificate", code="E135", fix="letters, digits, . _ -")
     authority, authority_key = _authority(folder)
@@ -90,13 +90,13 @@ def issue(folder: Path, name: str, wish: Wish, now_s: float, renew: bool = False
     days = min(wish.days, (end_s - now_s) / 86_400)
     if days <= 0:
         raise ConfigError(f"the authority in {folder} has expired", code="E134", fix="neaptide ca init --dir DIR")
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    key = lib.ec.generate_private_key(lib.ec.SECP256R1())
+    subject = lib.x509.Name([lib.x509.NameAttribute(lib.x509.NameOID.COMMON_NAME, name)])
     builder = _builder(subject, authority.subject, key.public_key(), now_s, days, authority_key.public_key())
-    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    builder = builder.add_extension(lib.x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(_key_usage(signs=False), critical=True)
-    builder = builder.add_extension(x509.ExtendedKeyUsage(_usages(wish)), critical=False)
-    builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    builder = builder.add_extension(lib.x509.ExtendedKeyUsage(_usages(wish)), critical=False)
+    builder = builder.add_extension(names, critical=False)
     write = _replace if renew else _create
     write(key_path, _private_pem(key), 0o600)
     write(cert, _sign(builder, authority_key), 0o644)
@@ -112,8 +112,16 @@ def issued(folder: Path) -> list[Issued]:
 # -- certificates ----------------------------------------------------------------------------------------------------
 
 
-def _library() -> tuple[Any, Any, Any]:
-    """cryptography's x509, ec and serialization."""
+class _Library(NamedTuple):
+    """The modules of cryptography that are used here."""
+
+    x509: Any
+    ec: Any
+    serialization: Any
+
+
+def _library() -> _Library:
+    """ConfigError E133 where it is not installed."""
     try:
         from cryptography import x509
         from cryptography.hazmat.primitives import serialization
@@ -121,32 +129,32 @@ def _library() -> tuple[Any, Any, Any]:
     except ImportError as e:
         fix = "pip install 'neaptide[tls]'"
         raise ConfigError("`neaptide ca` needs the package cryptography", code="E133", fix=fix) from e
-    return x509, ec, serialization
+    return _Library(x509, ec, serialization)
 
 
 def _builder(
     subject: x509.Name, issuer: x509.Name, public: Any, now_s: float, days: float, signer: Any = None
 ) -> x509.CertificateBuilder:
     """All but what it is for. `signer`: the authority's public key; None: its own."""
-    x509, _, _ = _library()
+    lib = _library()
     now = datetime.datetime.fromtimestamp(now_s, datetime.UTC)
     builder: x509.CertificateBuilder = (
-        x509.CertificateBuilder()
+        lib.x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(public)
-        .serial_number(x509.random_serial_number())
+        .serial_number(lib.x509.random_serial_number())
         .not_valid_before(now - EARLY)
         .not_valid_after(now + datetime.timedelta(days=days))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer or public), critical=False)
+        .add_extension(lib.x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(lib.x509.AuthorityKeyIdentifier.from_issuer_public_key(signer or public), critical=False)
     )
     return builder
 
 
 def _key_usage(signs: bool) -> x509.KeyUsage:
-    x509, _, _ = _library()
-    usage: x509.KeyUsage = x509.KeyUsage(
+    lib = _library()
+    usage: x509.KeyUsage = lib.x509.KeyUsage(
         digital_signature=not signs,
         key_cert_sign=signs,
         crl_sign=signs,
@@ -161,14 +169,14 @@ def _key_usage(signs: bool) -> x509.KeyUsage:
 
 
 def _usages(wish: Wish) -> list[x509.ObjectIdentifier]:
-    x509, _, _ = _library()
-    kinds = x509.ExtendedKeyUsageOID
+    lib = _library()
+    kinds = lib.x509.ExtendedKeyUsageOID
     return [kind for kind, wanted in ((kinds.SERVER_AUTH, wish.server), (kinds.CLIENT_AUTH, wish.client)) if wanted]
 
 
 def _names(name: str, wish: Wish) -> x509.SubjectAlternativeName:
     """What the far side compares; a client that is no host is named by a URI. ConfigError E135."""
-    x509, _, _ = _library()
+    lib = _library()
     if not (wish.server or wish.client):
         raise ConfigError("neither --server nor --client", code="E135", fix="add --server, --client or both")
     if wish.server and not (wish.dns or wish.ips):
@@ -178,27 +186,30 @@ def _names(name: str, wish: Wish) -> x509.SubjectAlternativeName:
     for host in wish.dns:
         if not HOST.fullmatch(host):
             raise ConfigError(f"--dns {host!r} is not a host name", code="E135", fix="such as api.example.com")
-        names.append(x509.DNSName(host.lower()))
+        names.append(lib.x509.DNSName(host.lower()))
     for address in wish.ips:
         try:
-            names.append(x509.IPAddress(ipaddress.ip_address(address)))
+            names.append(lib.x509.IPAddress(ipaddress.ip_address(address)))
         except ValueError:
             raise ConfigError(f"--ip {address!r} is not an address", code="E135", fix="such as 10.0.0.5") from None
-    return x509.SubjectAlternativeName(names or [x509.UniformResourceIdentifier(f"urn:neaptide:{name}")])
+    said: x509.SubjectAlternativeName = lib.x509.SubjectAlternativeName(
+        names or [lib.x509.UniformResourceIdentifier(f"urn:neaptide:{name}")]
+    )
+    return said
 
 
 def _sign(builder: x509.CertificateBuilder, key: EllipticCurvePrivateKey) -> bytes:
     from cryptography.hazmat.primitives import hashes
 
-    _, _, serialization = _library()
-    pem: bytes = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    lib = _library()
+    pem: bytes = builder.sign(key, hashes.SHA256()).public_bytes(lib.serialization.Encoding.PEM)
     return pem
 
 
 def _private_pem(key: EllipticCurvePrivateKey) -> bytes:
-    _, _, serialization = _library()
+    lib = _library()
     pem: bytes = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        lib.serialization.Encoding.PEM, lib.serialization.PrivateFormat.PKCS8, lib.serialization.NoEncryption()
     )
     return pem
 
@@ -207,17 +218,17 @@ def _private_pem(key: EllipticCurvePrivateKey) -> bytes:
 
 
 def _authority(folder: Path) -> tuple[x509.Certificate, EllipticCurvePrivateKey]:
-    x509, ec, serialization = _library()
+    lib = _library()
     cert, key_path = folder / f"{CA}.crt", folder / f"{CA}.key"
     if not cert.exists() or not key_path.exists():
         raise ConfigError(f"{folder} holds no authority", code="E134", fix="neaptide ca init")
     check_key(str(key_path))
     try:
-        key = serialization.load_pem_private_key(key_path.read_bytes(), None)
-        found = x509.load_pem_x509_certificate(cert.read_bytes())
+        key = lib.serialization.load_pem_private_key(key_path.read_bytes(), None)
+        found = lib.x509.load_pem_x509_certificate(cert.read_bytes())
     except (OSError, ValueError, TypeError) as e:
         raise ConfigError(f"the authority in {folder} cannot be read", code="E134", fix=f"restore {key_path}") from e
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != found.public_key():
+    if not isinstance(key, lib.ec.EllipticCurvePrivateKey) or key.public_key() != found.public_key():
         raise ConfigError(f"{key_path} is not the key of {cert}", code="E134", fix="restore the one that belongs to it")
     return found, key
 
@@ -237,11 +248,11 @@ def _as_before(cert: Path, wish: Wish) -> Wish:
 
 
 def _read(path: Path) -> Issued:
-    x509, _, _ = _library()
+    lib = _library()
     try:
-        found = x509.load_pem_x509_certificate(path.read_bytes())
+        found = lib.x509.load_pem_x509_certificate(path.read_bytes())
         names, usage = tuple(_said_names(found)), tuple(_said_usage(found))
-    except (ValueError, x509.ExtensionNotFound) as e:
+    except (ValueError, lib.x509.ExtensionNotFound) as e:
         raise ConfigError(f"{path} is no certificate of ours", code="E135", fix="move it out of the folder") from e
     return Issued(
         path.stem, str(path), str(path.with_suffix(".key")), names, usage, f"{found.serial_number:x}",
@@ -250,20 +261,20 @@ def _read(path: Path) -> Issued:
 
 
 def _said_names(found: x509.Certificate) -> Iterator[str]:
-    x509, _, _ = _library()
-    kinds = {x509.DNSName: "DNS", x509.IPAddress: "IP", x509.UniformResourceIdentifier: "URI"}
+    lib = _library()
+    kinds = {lib.x509.DNSName: "DNS", lib.x509.IPAddress: "IP", lib.x509.UniformResourceIdentifier: "URI"}
     for extension in found.extensions:
-        if isinstance(extension.value, x509.SubjectAlternativeName):
+        if isinstance(extension.value, lib.x509.SubjectAlternativeName):
             yield from (f"{kinds[type(n)]}:{n.value}" for n in extension.value if type(n) in kinds)
 
 
 def _said_usage(found: x509.Certificate) -> Iterator[str]:
-    x509, _, _ = _library()
-    words = {x509.ExtendedKeyUsageOID.SERVER_AUTH: "server", x509.ExtendedKeyUsageOID.CLIENT_AUTH: "client"}
+    lib = _library()
+    words = {lib.x509.ExtendedKeyUsageOID.SERVER_AUTH: "server", lib.x509.ExtendedKeyUsageOID.CLIENT_AUTH: "client"}
     for extension in found.extensions:
-        if isinstance(extension.value, x509.ExtendedKeyUsage):
+        if isinstance(extension.value, lib.x509.ExtendedKeyUsage):
             yield from (words[kind] for kind in extension.value if kind in words)
-        elif isinstance(extension.value, x509.BasicConstraints) and extension.value.ca:
+        elif isinstance(extension.value, lib.x509.BasicConstraints) and extension.value.ca:
             yield "authority"
 
 

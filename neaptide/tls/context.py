@@ -87,10 +87,11 @@ def load_pair(context: ssl.SSLContext, cert: str, key: str) -> None:
     try:
         context.load_cert_chain(cert, key, password=_passphrase)
     except ssl.SSLError as e:
-        if e.reason == "KEY_VALUES_MISMATCH":
+        reason = getattr(e, "reason", None)
+        if reason == "KEY_VALUES_MISMATCH":
             fix = "name the key that the certificate was made for"
             raise ConfigError(f"{key} is not the key of {cert}", code="E131", fix=fix) from e
-        what = f"{cert} and {key} cannot be used: {e.reason or 'no PEM'}"
+        what = f"{cert} and {key} cannot be used: {reason or 'no PEM'}"
         raise ConfigError(what, code="E130", fix="a certificate and its key, as PEM files") from e
     except OSError as e:
         raise _unreadable(f"{cert} or {key}", e) from e

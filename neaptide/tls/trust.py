@@ -77,7 +77,7 @@ def why_untrusted(error: ssl.SSLError) -> Why:
     """Why a replica's handshake failed."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return _of_certificate(error)
-    reason = error.reason or ""
+    reason = getattr(error, "reason", None) or ""
     if any(word in reason for word in WANTS_OURS):
         return Why("wants a client certificate, or did not take ours", "set cert and key in its tls, and see its log")
     if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE"):
