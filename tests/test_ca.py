@@ -88,6 +88,8 @@ def test_what_makes_no_certificate_is_refused_with_a_fix(tmp_path: Path) -> None
     house = House(tmp_path / "ca")
     house.issue("taken")
     assert refused(house.folder, "taken", **HOST) == "E135"
+    with pytest.raises(ConfigError, match="characters"):
+        ca.init(tmp_path / "long", "x" * 65, wall_s())
     assert refused(house.folder, "ca", **HOST) == "E135"
     assert refused(house.folder, "../up", **HOST) == "E135"
     assert refused(house.folder, server=True) == "E135"  # no name that a client could compare

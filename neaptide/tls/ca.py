@@ -31,6 +31,7 @@ HOST = re.compile(
 )
 EARLY = datetime.timedelta(minutes=5)  # for clocks that are behind
 CA_DAYS, DAYS = 3650, 90
+NAME_CHARS = 64  # of a common name, by X.520
 
 
 class Issued(NamedTuple):
@@ -62,6 +63,9 @@ def init(folder: Path, subject: str, now_s: float, days: int = CA_DAYS) -> Path:
     if cert.exists() or key_path.exists():
         what = f"{folder} holds an authority already"
         raise ConfigError(what, code="E134", fix="neaptide ca issue NAME, or another --dir", why=f"{key_path} is kept")
+    if not 1 <= len(subject) <= NAME_CHARS:
+        what = f"an authority's name has 1 to {NAME_CHARS} characters"
+        raise ConfigError(what, code="E135", fix="neaptide ca init --name NAME")
     key = lib.ec.generate_private_key(lib.ec.SECP256R1())
     name = lib.x509.Name([lib.x509.NameAttribute(lib.x509.NameOID.COMMON_NAME, subject)])
     builder = _builder(name, name, key.public_key(), now_s, days)
