@@ -117,6 +117,8 @@ def test_a_renewed_pair_is_for_the_same_names_with_a_new_key(tmp_path: Path) -> 
     assert new.not_after_s > old.not_after_s + 50 * DAY_S
     assert Path(new.key).read_bytes() != key
     assert stat.S_IMODE(Path(new.key).stat().st_mode) == 0o600
+    Path(new.cert).write_text("rubbish")
+    assert house.issue("gateway", renew=True).names == old.names  # told in whole: what is there need not be good
     with pytest.raises(ConfigError, match="does not exist"):
         ca.issue(house.folder, "never", ca.Wish(), wall_s(), renew=True)
 

@@ -239,10 +239,11 @@ def _authority(folder: Path) -> tuple[x509.Certificate, EllipticCurvePrivateKey]
 
 def _as_before(cert: Path, wish: Wish) -> Wish:
     """`wish`, with names and usage of the certificate that is replaced where it has none."""
-    try:
-        before = _read(cert)
-    except FileNotFoundError:
-        raise ConfigError(f"{cert} does not exist", code="E135", fix="leave out --renew") from None
+    if not cert.exists():
+        raise ConfigError(f"{cert} does not exist", code="E135", fix="leave out --renew")
+    if (wish.dns or wish.ips) and (wish.server or wish.client):
+        return wish  # what is there may be damaged
+    before = _read(cert)
     if not (wish.dns or wish.ips):
         dns = [n.removeprefix("DNS:") for n in before.names if n.startswith("DNS:")]
         wish = wish._replace(dns=dns, ips=[n.removeprefix("IP:") for n in before.names if n.startswith("IP:")])
