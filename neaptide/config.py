@@ -21,6 +21,7 @@ import yaml
 from neaptide.errors import ConfigError
 from neaptide.specs import EngineOptions
 from neaptide.table import Cors, Limits, Timeouts
+from neaptide.tls.settings import ListenTls, ReplicaTls, placed_listener, placed_replica
 from neaptide.types import Event, Rule, Scale, Slo, Spares, Standby
 
 DEFAULT_TEXT = """\
@@ -50,6 +51,7 @@ class RemoteReplica(Part, frozen=True, kw_only=True):
     model: str = ""  # its id there; default: the deployment's name
     key: str = ""  # env:NAME, file:PATH; resolved on load
     max_running: int | None = None  # absent = unlimited
+    tls: ReplicaTls | None = None
 
 
 class GpuSource(Part, frozen=True, kw_only=True):
@@ -90,6 +92,7 @@ class PoolSettings(Part, frozen=True, kw_only=True):
 
 class AdminSettings(Part, frozen=True, kw_only=True):
     listen: str | None = None  # None: 127.0.0.1:8001, or a free port when `up --port` is given
+    tls: ListenTls | None = None
 
 
 class JournalSettings(Part, frozen=True, kw_only=True):
@@ -124,6 +127,7 @@ class TenantSettings(Part, frozen=True, kw_only=True):
 
 class Settings(Part, frozen=True, kw_only=True):
     listen: str = "127.0.0.1:8000"
+    tls: ListenTls | None = None
     admin: AdminSettings = AdminSettings()
     models: dict[str, ModelSettings] = {}
     pools: dict[str, PoolSettings] = {}
@@ -287,7 +291,8 @@ def _unknown_key(name: str, where: str, origin: str) -> ConfigError:
 
 
 def _parts() -> list[type[msgspec.Struct]]:
-    return [*Part.__subclasses__(), EngineOptions, Limits, Cors, Timeouts, Scale, Standby, Spares, Slo, Rule, Event]
+    return [*Part.__subclasses__(), EngineOptions, Limits, Cors, Timeouts, Scale, Standby, Spares, Slo, Rule, Event,
+            ListenTls, ReplicaTls]  # fmt: skip
 
 
 def _checked(s: Settings, origin: str, base: Path) -> Settings:
@@ -318,6 +323,8 @@ def _checked(s: Settings, origin: str, base: Path) -> Settings:
     _check_pools(s, origin, taken)
     return msgspec.structs.replace(
         s,
+        tls=placed_listener(s.tls, "tls", base),
+        admin=msgspec.structs.replace(s.admin, tls=placed_listener(s.admin.tls, "admin.tls", base)),
         models={n: _resolved(n, m, base) for n, m in s.models.items()},
         ledger=_ledger(s.ledger),
         store=placed_store(s.store, base),
@@ -386,7 +393,7 @@ def _resolved(name: str, m: ModelSettings, base: Path) -> ModelSettings:
         )
     if not m.replicas and m.source is None and m.engine != "echo" and name != "guide":
         raise ConfigError(f"{key}: neither source nor replicas", code="E108", fix=f"add {key}.source: DIR")
-    remotes = tuple(_remote(r, f"{key}.replicas[{i}]") for i, r in enumerate(m.replicas))
+    remotes = tuple(_remote(r, f"{key}.replicas[{i}]", base) for i, r in enumerate(m.replicas))
     source = m.source
     if source and source.startswith((".", "~")):
         source = str((base / Path(source).expanduser()).resolve())
@@ -468,11 +475,12 @@ def span_s(event: Event, key: str = "calendar") -> tuple[float, float]:
     return start, end
 
 
-def _remote(r: RemoteReplica, key: str) -> RemoteReplica:
+def _remote(r: RemoteReplica, key: str, base: Path) -> RemoteReplica:
     if not re.fullmatch(r"https?://[^/\s]+(/.*)?", r.url):
         raise ConfigError(f"{key}.url: {r.url!r}", code="E108", fix="write it as http://host:port/v1")
     if r.max_running is not None and r.max_running < 1:
         raise ConfigError(f"{key}.max_running: {r.max_running}", code="E108", fix="1 or more, or leave it out")
+    r = msgspec.structs.replace(r, tls=placed_replica(r.tls, r.url, f"{key}.tls", base))
     return msgspec.structs.replace(r, key=secret(r.key, f"{key}.key")) if r.key else r
 
 

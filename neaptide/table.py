@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from neaptide.tls.settings import ReplicaTls
+
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Seconds. `first_byte_s` runs from dispatch; `idle_s` between bytes of a stream; `total_s` from dispatch."""
@@ -40,6 +42,7 @@ class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
     remote_model: str = ""  # spliced into the body when the replica knows the model by another id
     max_running: int | None = None  # None = unlimited until adaptive concurrency binds
     members: dict[str, str] = {}  # of a pool, whose name `model` is then: revision by model
+    tls: ReplicaTls | None = None  # of an https endpoint; None: checked against the system's store
 
     def serves(self) -> Collection[str]:
         """The models that it takes requests for."""
@@ -161,6 +164,14 @@ class Held(NamedTuple):
     gave: int  # back
 
 
+class CertificateGauge(msgspec.Struct, frozen=True, kw_only=True):
+    """The certificate that a listener serves with."""
+
+    subject: str
+    not_after_s: float  # wall
+    refused: str = ""  # why a newer one, which lies in its files, is not in force
+
+
 class Gauges(msgspec.Struct, frozen=True, kw_only=True):
     gateway: str
     mono_s: float
@@ -171,6 +182,7 @@ class Gauges(msgspec.Struct, frozen=True, kw_only=True):
     replicas: dict[str, int] = {}  # replica id -> requests in flight from here
     unreachable: tuple[str, ...] = ()  # replicas whose connection failed lately
     disk: str = ""  # non-empty: new requests are refused because this disk is full
+    certificate: CertificateGauge | None = None
 
 
 def difference(old: Table, new: Table) -> Delta:

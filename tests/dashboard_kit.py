@@ -41,6 +41,9 @@ class FakeSource:
     def key(self) -> str:
         return "sk-of-the-service"
 
+    def api_tls(self) -> None:
+        return None
+
     def look(self) -> Look:
         return self.now
 

@@ -33,6 +33,7 @@ VERBS = {
     "models": "neaptide.cli.models:models",
     "scale": "neaptide.cli.scale:scale",
     "keys": "neaptide.cli.keys:keys",
+    "ca": "neaptide.cli.ca:ca",
     "usage": "neaptide.cli.usage:usage",
     "logs": "neaptide.cli.logs:logs",
     "simulate": "neaptide.cli.simulate:simulate",

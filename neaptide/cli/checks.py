@@ -27,6 +27,9 @@ from neaptide.control.port import Status
 from neaptide.errors import ConfigError, NeaptideError
 from neaptide.fleet.cores import quota as cores_allowed
 from neaptide.fleet.state import StateDir
+from neaptide.tls.context import serving
+from neaptide.tls.served import DAY_S, LOW_DAYS
+from neaptide.tls.settings import ListenTls
 
 OPENVINO_S = 60.0  # a cold import from a slow disk
 MIN_DISK, LOW_DISK = 256 << 20, 2 << 30
@@ -64,6 +67,7 @@ def checks(state: Path, file: Path | None) -> Iterator[Check]:
         ("gpus", lambda: _gpus(settings)),
         ("state", lambda: _state(directory)),
         ("stale", lambda: _stale(directory)),
+        ("tls", lambda: _tls(settings)),
         ("ports", lambda: _ports(settings, directory)),
         ("ledger", lambda: _ledger(settings, directory)),
         ("server", lambda: _server(directory)),
@@ -241,6 +245,25 @@ def _stale(state: StateDir) -> list[Check]:
     if state.up_json.exists() and not state.locked():
         return [Check("stale", "warn", f"{state.up_json} is of a service that has ended", "neaptide up (it cleans up)")]
     return [Check("stale", "ok", "no files of an ended service")]
+
+
+def _tls(settings: Settings | None) -> list[Check]:
+    listeners = {"tls": settings.tls, "admin.tls": settings.admin.tls} if settings is not None else {}
+    return [_certificate(key, tls) for key, tls in listeners.items() if tls is not None]
+
+
+def _certificate(key: str, tls: ListenTls) -> Check:
+    try:
+        _, leaf = serving(tls)
+    except NeaptideError as e:
+        return Check("tls", "fail", f"{key}: [{e.code}] {e.what}", e.fix)
+    left = (leaf.not_after_s - wall_s()) / DAY_S
+    if left <= 0:
+        return Check("tls", "fail", f"{key}: {leaf.subject} has expired", f"put a new one into {tls.cert}")
+    text = f"{key}: {leaf.subject}, {left:.0f} days left"
+    if left < LOW_DAYS:
+        return Check("tls", "warn", text, f"put a new one into {tls.cert}")
+    return Check("tls", "ok", text)
 
 
 def _ports(settings: Settings | None, state: StateDir) -> list[Check]:

@@ -37,7 +37,7 @@ class Link(msgspec.Struct):
 
 def link(state: Path, timeout_s: float = 10.0) -> Link:
     """A new link to what runs in `state`; NeaptideError when nothing runs there or it refuses."""
-    endpoint = client.Endpoint.of(client.running(state).admin)
+    endpoint = client.Endpoint.of(client.running(state).admin, client.admin_leaf(state))
     headers = {"Authorization": f"Bearer {client.secret_file(state / 'admin-token')}"}
     body = msgspec.json.encode({"by": user()[:64]})
     status, _, told = client.exchange(endpoint, "POST", f"{endpoint.path}{LINK}", headers, body, timeout_s)

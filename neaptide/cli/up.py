@@ -123,9 +123,10 @@ class Terminal(Voice):
 
     def _welcome(self, up: Up) -> None:
         if self._self_test:
+            from neaptide.cli.client import api_leaf
             from neaptide.cli.selftest import self_test
 
-            self._print(self_test(up.api, up.key))
+            self._print(self_test(up.api, up.key, api_leaf(self._session.state)))
         self._print("\n".join([*welcome(up, self._session.state), say("up.stop")]))
 
     def ended(self) -> None:

@@ -12,12 +12,11 @@ import signal
 import socket
 import urllib.parse
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-import uvicorn
 
 from neaptide import lifeline
 from neaptide.clock import wall_s
@@ -28,6 +27,7 @@ from neaptide.control.books import Books
 from neaptide.control.decisions import DecisionJournal
 from neaptide.control.desired import deployment, difference, grouped, members, redacted, slow_part
 from neaptide.control.gpus import GpuWatch
+from neaptide.control.listen import AdminServer
 from neaptide.control.loop import Loop, in_flight
 from neaptide.control.port import (
     ApplyReport,
@@ -67,6 +67,7 @@ from neaptide.models.hold import hold, release
 from neaptide.models.sources import resolve
 from neaptide.specs import ControlSpec, ReplicaSpec
 from neaptide.table import Fast, Gauges, ModelGauge
+from neaptide.tls.served import Served
 from neaptide.types import Carry, Deployment, Launch, Plan, Replica
 
 HOPELESS = "E2"  # a model error: starting the replica again will not mend it
@@ -124,6 +125,8 @@ class Control:
             keep=self.scaling.keep,
         )
         self.books = Books(self.state, self.settings)
+        tls = spec.admin_tls
+        self.served = Served(tls, "admin.listen", str(self.state.admin_leaf)) if tls is not None else None
         self.ending = asyncio.Event()
 
     # -- life --------------------------------------------------------------------------------------------------
@@ -157,9 +160,7 @@ class Control:
         front = self._make_front(self) if self._make_front else None
         app = build_app(self, self.state.secret(self.state.admin_token), _names(self.spec.admin_url), front=front)
         tasks = (*tasks, asyncio.create_task(front.run())) if front else tasks
-        server = AdminServer(
-            uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=5)
-        )
+        server = AdminServer(app, self.served)
         serving = asyncio.create_task(server.serve([socket.socket(fileno=self.spec.admin_fd)]))
         ending = asyncio.create_task(self.ending.wait())
         await asyncio.wait({serving, ending, *tasks}, return_when=asyncio.FIRST_COMPLETED)
@@ -411,14 +412,6 @@ class Control:
     async def down(self, grace_s: float) -> DownReport:
         await self.supervisor.call("down")
         return DownReport(accepted=True, grace_s=min(grace_s, self.spec.grace_s))
-
-
-class AdminServer(uvicorn.Server):
-    """uvicorn without its own signal handlers: SIGTERM is ours."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class Weights(NamedTuple):

@@ -13,7 +13,7 @@ from neaptide.specs import MemberSpec
 from neaptide.table import DeploymentRow, KeyRow, Slow
 from neaptide.types import Deployment, Revision, Slo
 
-AT_NEXT_UP = ("listen", "admin", "gateways", "journal", "access_log", "ledger")
+AT_NEXT_UP = ("listen", "tls", "admin", "gateways", "journal", "access_log", "ledger")
 # What makes another revision: the weights, the engine and how it runs. Prices, SLO and limits do not.
 REVISION_KEYS = ("source", "engine", "options", "prefix_cache", "max_tokens_default", "replicas")
 

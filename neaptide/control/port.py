@@ -123,6 +123,16 @@ class DiskStatus(Answer, frozen=True):
     used_by: str = "state"  # state | journal | log
 
 
+class CertificateStatus(Answer, frozen=True):
+    """A certificate that is served with."""
+
+    listener: str  # "admin", or the gateway's id
+    subject: str
+    not_after_wall_s: float
+    days_left: float  # below zero: it has expired
+    refused: str = ""  # why what lies in its files now is not in force
+
+
 class Status(Answer, frozen=True):
     version: str
     ready: bool  # every deployment that should have a ready replica has one, a gateway is connected
@@ -139,6 +149,7 @@ class Status(Answer, frozen=True):
     gateways: tuple[GatewayStatus, ...] = ()
     ledger: LedgerStatus | None = None
     disks: tuple[DiskStatus, ...] = ()
+    certificates: tuple[CertificateStatus, ...] = ()  # of listeners with TLS
 
 
 # --- apply, config, decisions -----------------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ class Dashboard:
             cookie = self.sessions.redeem(ticket)
             if cookie is not None:
                 flags = f"Path=/; HttpOnly; SameSite=Strict; Max-Age={SESSION_S:.0f}"
+                flags += "; Secure" if self._source.admin_url.startswith("https:") else ""
                 return self._paint({"set-cookie": f"{self._cookie}={cookie}; {flags}"})
         if self._session(request.headers.get("cookie", "")) is None:
             return Response(self._door.content, 401, {"content-type": self._door.type, "cache-control": "no-store"})
@@ -147,7 +148,10 @@ class Dashboard:
 
     async def play(self, request: Request) -> Response:
         """A chat completion, asked of the gateway with the service's own key and passed on as it comes."""
-        asked = await play.post(self._source.api_url, "/chat/completions", await request.body(), self._source.key())
+        source = self._source
+        asked = await play.post(
+            source.api_url, "/chat/completions", await request.body(), source.key(), source.api_tls()
+        )
         headers = {name: asked.headers[name] for name in PASSED_ON if name in asked.headers}
         return StreamingResponse(asked.pieces(), asked.status, headers)
 

@@ -217,7 +217,8 @@ class Door:
         lane.metrics.count(usage)
         row = self.journal.end(usage, exchange.say_last)
         if self.access is not None:
-            self.access.add(UsageLine(exchange.connection.peer, usage if row is None else Raw(row)))
+            connection = exchange.connection
+            self.access.add(UsageLine(connection.peer, usage if row is None else Raw(row), connection.client))
         if lane.line.waiting:
             self.pump(lane, now)
 
@@ -386,11 +387,13 @@ class Door:
             duration_s = now - call.arrived_s
             path = call.path[:256].decode("latin-1")
             method = call.method.decode("latin-1")
-            self.access.add(Line(call.wall_s, call.id, connection.peer, method, path, status, key, duration_s))
+            line = Line(call.wall_s, call.id, connection.peer, method, path, status, key, duration_s, connection.client)
+            self.access.add(line)
 
 
 def _same_process(a: ReplicaRow, b: ReplicaRow) -> bool:
-    return (a.endpoint, a.epoch, a.token, a.remote_model) == (b.endpoint, b.epoch, b.token, b.remote_model)
+    mine = (a.endpoint, a.epoch, a.token, a.remote_model, a.tls)
+    return mine == (b.endpoint, b.epoch, b.token, b.remote_model, b.tls)
 
 
 def _no_longer_served() -> RequestError:

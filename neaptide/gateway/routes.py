@@ -13,6 +13,7 @@ from neaptide.gateway import answer, metrics
 from neaptide.gateway.call import Call
 from neaptide.gateway.connection import Connection
 from neaptide.gateway.door import Door
+from neaptide.gateway.secure import Secure
 from neaptide.gateway.server import Server
 from neaptide.table import Cors, DeploymentRow, KeyRow, Limits
 
@@ -33,6 +34,7 @@ class Routes:
         self.door = door
         self.version = version
         self.server: Server | None = None  # set by whoever assembles
+        self.secure: Secure | None = None  # likewise
 
     def name(self, call: Call) -> None:
         call.name(self.door.ids, wall_s())
@@ -143,6 +145,8 @@ class Routes:
         if server is not None:
             yield "neaptide_connections", "Client connections.", "", len(server.connections)
             yield "neaptide_body_bytes", "Request bodies held.", "", server.body_bytes
+        if self.secure is not None:
+            yield from self.secure.gauges(wall_s())
         if door.access is not None:
             yield "neaptide_access_log_dropped", "Access log lines dropped.", "", door.access.dropped
 
