@@ -50,6 +50,7 @@ class RemoteReplica(Part, frozen=True, kw_only=True):
     model: str = ""  # its id there; default: the deployment's name
     key: str = ""  # env:NAME, file:PATH; resolved on load
     max_running: int | None = None  # absent = unlimited
+    resumes: bool = False  # it continues a chat's last message where `continue_final_message` says so, as vLLM does
 
 
 class GpuSource(Part, frozen=True, kw_only=True):

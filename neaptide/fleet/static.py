@@ -63,6 +63,7 @@ def remote_rows(name: str, model: ModelSettings, revision: str) -> list[ReplicaR
             token=remote.key,
             remote_model=remote.model if remote.model != name else "",
             max_running=remote.max_running,
+            resumes=remote.resumes,
         )
         for i, remote in enumerate(model.replicas)
     ]
