@@ -347,6 +347,24 @@ def test_where_the_operator_does_not_say_so_nothing_is_resumed() -> None:
     run(main())
 
 
+def test_what_another_replica_says_after_a_refusal_is_not_taken_for_nothing() -> None:
+    async def busy(replica: FakeReplica, reader: Reader, writer: Writer, asked: Asked) -> None:
+        writer.write(answer_bytes(b"{}", 503))
+        await writer.drain()
+
+    async def main() -> None:
+        async with serving(Engine("a", 3), busy) as (running, (_, second)):
+            a, b = running.door.table.fast.replicas
+            running.install(replace(running.door.table, fast=Fast(version=2, replicas=(a, replace(b, resumes=True)))))
+            while not second.asked:
+                answer = await running.ask(post(chat(stream=True)))
+            assert [a.replica for a in running.row.attempts] == ["r1", "r0"]
+            assert b'"replica_broke_off"' in answer.body
+            assert answer.body.count(b'"role"') == 1
+
+    run(main())
+
+
 def test_a_replica_that_refuses_to_go_on_is_passed_over() -> None:
     async def refuses(replica: FakeReplica, reader: Reader, writer: Writer, asked: Asked) -> None:
         writer.write(answer_bytes(b'{"error":{"message":"no such field"}}', 400))

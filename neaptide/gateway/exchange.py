@@ -129,6 +129,8 @@ class Exchange:
                 self.made += (self.brought,)
         else:
             self.waited_s = now - self.call.arrived_s
+        if not target.row.resumes:
+            self.transcript = None  # what it says is not followed
         self.attempts += 1
         self.tried += (target.row.id,)
         self.revision = target.row.revision_of(self.model)
