@@ -135,6 +135,7 @@ class Relay:
             return
         if data:
             self._exchange.on_body(data, now)
+        self.handle = None  # its connection is another's already
         self.on_failure(fault)
 
     def on_failure(self, failure: Failure) -> None:
