@@ -91,8 +91,11 @@ class Relay:
     def on_head(self, head: AnswerHead) -> bool:
         streams = head.status == 200 and head.events
         if streams or self._seam is None:
-            self._through = not streams
-            return self._exchange.on_head(head)
+            wanted = self._exchange.on_head(head)
+            if wanted and not streams:
+                self._through = True
+                self._transcript.give_up()
+            return wanted
         said = f"replica_{head.status}" if head.status != 200 else "replica_no_stream"
         message = f"did not go on with the answer of another (status {head.status})"
         self._exchange.on_failure(Failure(said, message, retryable=True))
