@@ -15,6 +15,7 @@ from neaptide.gateway.transcript import DONE, Transcript, payloads
 
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _choices = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
+_counts = msgspec.json.Decoder(dict[str, Any]).decode
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
 
@@ -42,7 +43,7 @@ class Seam:
             fields = _fields(payload)
             told = bytes(fields.get("usage", b"null")) != b"null"
             if told:
-                fields["usage"] = msgspec.Raw(_encode(self._usage(_decode(fields["usage"]))))
+                fields["usage"] = msgspec.Raw(_encode(self._usage(_counts(fields["usage"]))))
             if self._skip or (self._role and b'"role"' in payload):
                 choices = _choices(fields["choices"]) if "choices" in fields else []
                 if choices and not self._trim(choices[0]) and not told:
@@ -85,7 +86,7 @@ class Seam:
         output = self._had + (usage.get("completion_tokens") or 0)
         whole = {**usage, "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
         details = usage.get("prompt_tokens_details")
-        if details and (details.get("cached_tokens") or 0) > prompt:
+        if isinstance(details, dict) and (details.get("cached_tokens") or 0) > prompt:
             whole["prompt_tokens_details"] = {**details, "cached_tokens": prompt}
         return whole
 

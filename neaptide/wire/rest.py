@@ -52,7 +52,7 @@ def rest(body: bytes, chat: bool, text: str, tokens: int) -> bytes | None:
             return None
         _shorten(fields, tokens)
         goes_on = _chat(fields, text) if chat else _completion(fields, text)
-    except (ValueError, TypeError):  # a replica has taken what we cannot read
+    except (ValueError, TypeError, KeyError):  # a replica has taken what we cannot read
         return None
     return _encode(fields) if goes_on else None
 
