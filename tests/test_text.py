@@ -172,7 +172,11 @@ def test_a_resumed_answer_shows_exactly_what_the_client_lacks(
     assert complete[:told] + shown(text, rest) == complete
 
 
-DECODERS: list[ByteTokenizer | ModelTokenizer] = [ByteTokenizer(), ModelTokenizer(BYTE_LEVEL), ModelTokenizer(SENTENCE_PIECE)]
+DECODERS: list[ByteTokenizer | ModelTokenizer] = [
+    ByteTokenizer(),
+    ModelTokenizer(BYTE_LEVEL),
+    ModelTokenizer(SENTENCE_PIECE),
+]
 
 
 @settings(deadline=None)
