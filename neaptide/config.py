@@ -52,6 +52,7 @@ class RemoteReplica(Part, frozen=True, kw_only=True):
     key: str = ""  # env:NAME, file:PATH; resolved on load
     max_running: int | None = None  # absent = unlimited
     tls: ReplicaTls | None = None
+    resumes: bool = False  # it continues a chat's last message where `continue_final_message` says so, as vLLM does
 
 
 class GpuSource(Part, frozen=True, kw_only=True):

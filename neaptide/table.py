@@ -41,6 +41,7 @@ class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
     token: str = ""  # boot token (link) or API key to send (http); never logged
     remote_model: str = ""  # spliced into the body when the replica knows the model by another id
     max_running: int | None = None  # None = unlimited until adaptive concurrency binds
+    resumes: bool = False  # http: it goes on with a text that another has begun
     members: dict[str, str] = {}  # of a pool, whose name `model` is then: revision by model
     tls: ReplicaTls | None = None  # of an https endpoint; None: checked against the system's store
 

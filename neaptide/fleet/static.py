@@ -64,6 +64,7 @@ def remote_rows(name: str, model: ModelSettings, revision: str) -> list[ReplicaR
             remote_model=remote.model if remote.model != name else "",
             max_running=remote.max_running,
             tls=remote.tls,
+            resumes=remote.resumes,
         )
         for i, remote in enumerate(model.replicas)
     ]

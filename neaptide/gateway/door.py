@@ -11,7 +11,7 @@ from msgspec import Raw
 
 from neaptide.clock import mono_s
 from neaptide.errors import RequestError, StorageError
-from neaptide.gateway import admit, ids, overdue, queue, record, route
+from neaptide.gateway import admit, ids, overdue, queue, record, relay, resume, route
 from neaptide.gateway.access import AccessLog, Line, UsageLine
 from neaptide.gateway.affinity import Familiar
 from neaptide.gateway.call import Call
@@ -168,10 +168,11 @@ class Door:
         if not target.link and call.route != "tokenize":
             name = row.remote_model or lane.row.model
             hide = asked.stream and not asked.include_usage
+            body = resume.body(exchange) if exchange.resumes else body
             if hide or name != asked.model:
                 body = splice(body, model=name if name != asked.model else None, include_usage=hide)
         exchange.sent(target, now, body, hide)
-        self._upstreams[row.id].send(exchange)
+        self._upstreams[row.id].send(relay.between(exchange) if row.resumes else exchange)
         if exchange.paused_s and exchange.handle is not None:
             exchange.handle.pause_reading()
 

@@ -27,6 +27,7 @@ from neaptide.gateway.record import Timing
 from neaptide.gateway.route import Target
 from neaptide.gateway.shares import Account
 from neaptide.gateway.sse import Counts, HideUsage
+from neaptide.gateway.transcript import Transcript
 from neaptide.gateway.upstream import PASSED_HEADERS, AnswerHead, Failure, Handle, replica_error
 from neaptide.link import EndHeader
 from neaptide.table import KeyRow, Timeouts
@@ -61,7 +62,7 @@ class Exchange:
         "attempts", "barren", "begun", "body", "call", "charged", "connection", "counts", "deadline_s", "door", "end",
         "error", "finish", "handle", "ids", "key", "lane", "lost_s", "made", "opened", "outcome", "paused_s",
         "priority", "prompt_bytes", "rank", "resumes", "revision", "sent_s", "state", "state_s", "target", "ticket",
-        "timing", "tried", "waited_s",
+        "timing", "transcript", "tried", "waited_s",
     )  # fmt: skip
 
     def __init__(
@@ -88,6 +89,7 @@ class Exchange:
         self.tried: tuple[str, ...] = ()
         self.made: tuple[int, ...] = ()  # tokens of each of these but the last one
         self.ids = NO_IDS  # of the tokens that came over links
+        self.transcript: Transcript | None = None  # of what came from replicas that bring text
         self.resumes = self.attempts = 0  # and times that it was sent since
         self.barren = False  # the replica before this one died of it without a token, or might have
         self.lost_s = 0.0  # when its last replica was lost; 0: none was
@@ -127,6 +129,8 @@ class Exchange:
                 self.made += (self.brought,)
         else:
             self.waited_s = now - self.call.arrived_s
+        if not target.row.resumes:
+            self.transcript = None  # what it says is not followed
         self.attempts += 1
         self.tried += (target.row.id,)
         self.revision = target.row.revision_of(self.model)
@@ -301,14 +305,15 @@ class Exchange:
     @property
     def brought(self) -> int:
         """Tokens of the replica that has it now, or had it last."""
-        return len(self.ids) // 4 - sum(self.made)
+        told = self.transcript.tokens if self.transcript is not None else 0
+        return (len(self.ids) // 4 or told) - sum(self.made)
 
     def _go_on(self, slug: str, now: float) -> bool:
-        """Elsewhere, from the tokens that have come; whether that is possible."""
+        """Elsewhere, from what has come; whether that is possible."""
         if not resume.possible(self, slug):
             return False
         self.resumes, self.attempts, self.lost_s = self.resumes + 1, 0, now
-        self.barren = not self.brought
+        self.barren, self._plain = not self.brought, False
         self.handle = self.counts = self.end = None  # what it computed and nobody got is nobody's
         if slug == "engine_died" and self.target is not None:
             self.target.draining, self.target.report = True, None  # until it reports again, of another engine
@@ -338,7 +343,7 @@ class Exchange:
         if self.state == DONE:
             return
         self._abort_upstream()
-        if outcome == "refused" and self.ids:
+        if outcome == "refused" and (self.ids or self.resumes):
             outcome = "error"  # it had begun
         self.outcome, self.error = outcome, error.slug or "error"
         if self.state != OPEN and not self.opened:

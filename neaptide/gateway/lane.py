@@ -56,7 +56,7 @@ class Lane:
         """Where a request goes: the least loaded replica that can take it, or the one that has seen its beginning, if
         that one is not much more loaded. None: it must wait."""
         self.turn += 1
-        targets = resume.fit(exchange, self.targets) if exchange.ids else self.targets
+        targets = resume.fit(exchange, self.targets) if exchange.ids or exchange.resumes else self.targets
         least = route.choose(targets, now, self.turn, exchange.tried, self.row.model)
         if least is None or len(targets) < 2 or not self.row.affinity or exchange.tried:
             return least
@@ -67,7 +67,7 @@ class Lane:
 
     def fits(self, exchange: Exchange, now: float) -> bool:
         """Whether some replica that has room can go on with what it has begun."""
-        if not exchange.ids:
+        if not exchange.ids and not exchange.resumes:
             return True
         return route.choose(resume.fit(exchange, self.targets), now, model=self.row.model) is not None
 
