@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from neaptide.types import Priority
 
 CLASSES: tuple[Priority, ...] = ("low", "normal", "high")
 SEEN_AT_MOST = 4096
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")  # of a revision
 ANYBODY = KeyRow(id="", digest="", priority="high")  # who calls where the config says `auth: off`
 
 
@@ -64,12 +66,14 @@ class Terms(NamedTuple):
 
     priority: Priority
     timed: bool
+    revision: str = ""  # the one that it is to be answered by; "": any
 
 
 def terms(headers: Mapping[bytes, bytes], key: KeyRow) -> Terms:
-    """RequestError 400 for a class that is none."""
+    """RequestError 400 for a class or a revision that is none."""
     timed = b"x-neaptide-deadline-ms" in headers or b"x-stainless-read-timeout" in headers
-    return Terms(priority(headers.get(b"x-neaptide-priority"), key), timed)
+    pinned = headers.get(b"x-neaptide-revision")
+    return Terms(priority(headers.get(b"x-neaptide-priority"), key), timed, revision(pinned) if pinned else "")
 
 
 def check_model(key: KeyRow, model: str) -> None:
@@ -91,6 +95,19 @@ def priority(asked: bytes | None, key: KeyRow) -> Priority:
             400, f"x-neaptide-priority is {name[:32]!r}: it must be low, normal or high.", slug="invalid_priority"
         )
     return CLASSES[min(CLASSES.index(name), highest)]
+
+
+def revision(asked: bytes) -> str:
+    """The revision that a client names; RequestError 400 for what cannot be one."""
+    name = asked.decode("latin-1")
+    if not NAME.fullmatch(name):
+        raise RequestError(
+            400,
+            "x-neaptide-revision is no revision's name: letters, digits and . _ : / -, at most 128.",
+            slug="invalid_revision",
+            fix="Leave it out, or name a revision that `neaptide status --json` lists.",
+        )
+    return name
 
 
 def deadline_s(headers: Mapping[bytes, bytes], stream: bool, arrived_s: float) -> float:

@@ -18,6 +18,7 @@ MATCH = 0.5  # of a prompt's blocks must be known at a replica, or the load deci
 SPREAD, SLACK = 1.5, 1  # it is left where it has more in flight than 1.5 x the least loaded one + 1
 BLOCK_BYTES = 1024
 SHORT_BYTES = 2 * BLOCK_BYTES  # a body under it is computed anew sooner than looked up
+CONVERSATION = b"x-neaptide-conversation"  # a client's own name for what belongs together
 LOOKED_AT = 256  # of them: it is a hint, and a wrong one costs a prefill
 MOST_BLOCKS = 64
 

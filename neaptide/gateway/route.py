@@ -9,6 +9,8 @@ import msgspec
 from neaptide.link import LoadReport
 from neaptide.table import ReplicaRow
 
+SCANNED = 16  # targets that are all looked at; of more, FEW that a sequence names (docs/decisions/0048)
+FEW = 2
 BACKOFF_S = (0.25, 0.5, 1.0, 2.0, 5.0)  # how long a replica that fails to connect is left out, by failures in a row
 
 
@@ -107,10 +109,16 @@ def choose(
     targets: Sequence[Target], now: float, turn: int = 0, avoid: Collection[str] = (), model: str = ""
 ) -> Target | None:
     """The target with the least in flight among those that can take one for `model`; ties go round by `turn`. Replicas
-    in `avoid` (already tried for this request) only where no other can take it. None: the request must wait."""
-    best: Target | None = None
-    least = 1 << 60
+    in `avoid` (already tried for this request) only where no other can take it. None: the request must wait.
+
+    Of more than SCANNED it is the less loaded of FEW, another few each turn; of all where none of them can take it."""
     count = len(targets)
+    if count > SCANNED:
+        best = _of_few(targets, now, turn, avoid, model)
+        if best is not None:
+            return best
+    best = None
+    least = 1 << 60
     start = turn % count if count else 0
     for at in range(start - count, start):  # negative places count from the end: all of them, from `start` on
         target = targets[at]
@@ -120,6 +128,24 @@ def choose(
                 break
     if best is None and avoid:
         return choose(targets, now, turn, model=model)
+    return best
+
+
+def _of_few(
+    targets: Sequence[Target], now: float, turn: int, avoid: Collection[str], model: str
+) -> Target | None:
+    """Multiplying a turn by an odd constant (Knuth's, then murmur3's) spreads turns over 2^32 and so over the places;
+    `random` costs several times as much, and the same turn must give the same answer again."""
+    count = len(targets)
+    best: Target | None = None
+    mixed = turn
+    for _ in range(FEW):
+        mixed = (mixed * 2654435761 + 374761393) & 0xFFFFFFFF
+        mixed ^= mixed >> 15
+        target = targets[mixed * count >> 32]
+        if (best is None or target.in_flight < best.in_flight) and target.can_take(now, model):
+            if not avoid or target.row.id not in avoid:
+                best = target
     return best
 
 
