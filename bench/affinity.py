@@ -1,7 +1,7 @@
 """What sending prompts that begin alike to the same replica is worth: prefix hits and TTFT of three routes, simulated.
 
-    .venv/bin/python -m bench.affinity --arrivals mooncake_conversation.parquet [--replicas 4,8,16] [--loads 0.5,0.7,0.9]
-        [--routes prefix,round-robin,least-loaded] [--seeds 3] [--minutes 59] [--warm 10] [--kv-tokens 380000] [--json]
+    .venv/bin/python -m bench.affinity --arrivals mooncake_conversation.parquet [--kv-tokens 380000] [--replicas 4,8,16]
+        [--loads 0.5,0.7,0.9] [--routes prefix,round-robin,least-loaded] [--seeds 3] [--minutes 59] [--warm 10] [--json]
 
 The trace is Mooncake's of conversations (kvcache-ai/Mooncake, FAST25-release): 12,031 requests of an hour as columns
 t_ms, in_tok, out_tok and hash_ids, an id for each block of 512 prompt tokens, equal where that block and all before it
@@ -13,9 +13,9 @@ stay behind together. What nobody runs with stays until its room is needed, the 
 behind it.
 
 A load is a share of what so many replicas serve without any prefix. The trace is laid over itself as often as that
-takes, each copy begun elsewhere in it (by the seed) and with blocks of its own, then stretched by what is too much: less
-than twice for one copy, less for more. The first minutes warm the caches and are not counted. `most` is the hit rate of
-one cache without end that all replicas share. Time is virtual, so a busy machine changes nothing but how long it takes.
+takes, each copy begun elsewhere in it (by the seed) and with blocks of its own, then stretched by what is too much:
+by less than two for two copies, less for more. The first minutes warm the caches and are not counted. `most` is the hit
+rate of one cache without end that all replicas share. Time is virtual: a busy machine only makes it take longer.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def trace_of(path: Path) -> Requests:
     """BenchError where the trace is not there, or tells no prefixes."""
     if not path.exists():
         raise kit.BenchError(
-            f"{path} is not there: make it from conversation_trace.jsonl of kvcache-ai/Mooncake (FAST25-release/traces; "
-            "timestamp, input_length, output_length become t_ms, in_tok, out_tok) and pass --arrivals FILE"
+            f"{path} is not there: make it from conversation_trace.jsonl of kvcache-ai/Mooncake "
+            "(FAST25-release/traces; timestamp, input_length, output_length become t_ms, in_tok, out_tok) "
+            "and pass --arrivals FILE"
         )
     found = read(path)
     if not isinstance(found, Requests) or found.prefixes is None or found.in_tokens is None or found.out_tokens is None:
@@ -133,7 +134,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         hits, most, p50, p95, busiest = (
             [row[name] for row in its] for name in ("hit_rate", "most", "p50_ttft_s", "p95_ttft_s", "busiest")
         )
-        told = [f"{100 * _mean(hits):.1f} %", f"{100 * _mean(most):.1f} %", f"{_mean(p50):.2f} s", f"{_mean(p95):.2f} s"]
+        told = [f"{100 * _mean(x):.1f} %" for x in (hits, most)] + [f"{_mean(x):.2f} s" for x in (p50, p95)]
         spread = f"{min(p95):.2f} to {max(p95):.2f} s"
         found.append([str(replicas), f"{load:g}", route, *told, spread, f"{_mean(busiest):.2f}"])
     return found
@@ -180,7 +181,7 @@ def main() -> None:
     if args.json:
         print(json.dumps({"command": kit.again(), "kv_tokens": args.kv_tokens, "rows": rows}, indent=1))
         return
-    head = ["replicas", "load", "route", "prefix hits", "most", "p50 TTFT", "p95 TTFT", "of the seeds", "busiest / mean"]
+    head = ["replicas", "load", "route", "prefix hits", "most", "p50 TTFT", "p95 TTFT", "of the seeds", "busiest"]
     kit.table(head, summary(rows))
     print(f"{sum(row['cpu_s'] for row in rows):.0f} CPU seconds")
     kit.save("affinity", {"kv_tokens": args.kv_tokens, "rows": rows})

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent / "neaptide"
 LAYERS = (
     ("types",),
     ("errors",),
-    ("clock", "config", "wire", "link", "table", "specs", "lifeline", "journal"),
+    ("clock", "config", "wire", "link", "table", "specs", "remotes", "lifeline", "journal"),
     ("cost", "observe"),
     ("engine", "fleet", "models"),
     ("gateway", "control"),
@@ -28,6 +28,7 @@ LAYERS = (
 NEIGHBOURS = {
     ("config", "table"): "the limits and timeouts an operator writes are the ones gateways are told",
     ("config", "specs"): "the options an operator writes are the ones a replica is told",
+    ("config", "remotes"): "shares of traffic are checked where they are read",
     ("journal", "clock"): "a record's time comes from where all time comes from",
     ("engine", "models"): "what a model directory holds is read and checked in one place",
 }

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from neaptide.errors import RequestError
+from neaptide.remotes import REVISION
 from neaptide.table import KeyRow
 from neaptide.types import Priority
 
 CLASSES: tuple[Priority, ...] = ("low", "normal", "high")
 SEEN_AT_MOST = 4096
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")  # of a revision
 ANYBODY = KeyRow(id="", digest="", priority="high")  # who calls where the config says `auth: off`
 
 
@@ -100,10 +99,10 @@ def priority(asked: bytes | None, key: KeyRow) -> Priority:
 def revision(asked: bytes) -> str:
     """The revision that a client names; RequestError 400 for what cannot be one."""
     name = asked.decode("latin-1")
-    if not NAME.fullmatch(name):
+    if not REVISION.fullmatch(name):
         raise RequestError(
             400,
-            "x-neaptide-revision is no revision's name: letters, digits and . _ : / -, at most 128.",
+            "x-neaptide-revision is no revision's name: letters, digits and . _ : / -, at most 160.",
             slug="invalid_revision",
             fix="Leave it out, or name a revision that `neaptide status --json` lists.",
         )

@@ -8,7 +8,7 @@ from zlib import crc32
 
 from neaptide.errors import RequestError
 from neaptide.gateway import resume, route
-from neaptide.gateway.affinity import CONVERSATION, Familiar, conversation_of
+from neaptide.gateway.affinity import CONVERSATION, Familiar, conversation_of, first_words
 from neaptide.gateway.metrics import ModelMetrics
 from neaptide.gateway.queue import Line, May
 from neaptide.gateway.revisions import NOBODY, Group, Split
@@ -94,15 +94,11 @@ class Lane:
         return group.revisions.get(wanted, group)
 
     def _drawn(self, split: Split, exchange: Exchange, group: Group, now: float) -> str:
-        """Its revision: the conversation's where its client names one, else that of the replica that has seen its
-        beginning, else the next one. Revisions without a share only where no other is there. "": none is."""
-        name = exchange.call.headers.get(CONVERSATION)
-        if not name and self.row.affinity:
-            replica = self._familiar.replica(exchange.blocks(), group.by_id)
-            known = group.by_id[replica].row.revision_of(self.row.model) if replica else ""
-            if split.traffic.get(known) and group.has(known, now):
-                return known
-        conversation = conversation_of(name, self.seed)[0] if name else None
+        """Its revision: its conversation's, which its client names or its user's first words are, else the next one.
+        Revisions without a share only where no other is there. "": none is."""
+        call = exchange.call
+        name = call.headers.get(CONVERSATION)
+        conversation = conversation_of(name, self.seed)[0] if name else first_words(call.body, self.seed)
         return split.draw(lambda revision: group.has(revision, now), conversation) or group.any_there(now)
 
     def barred(self, exchange: Exchange) -> RequestError | None:

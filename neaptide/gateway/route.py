@@ -131,9 +131,7 @@ def choose(
     return best
 
 
-def _of_few(
-    targets: Sequence[Target], now: float, turn: int, avoid: Collection[str], model: str
-) -> Target | None:
+def _of_few(targets: Sequence[Target], now: float, turn: int, avoid: Collection[str], model: str) -> Target | None:
     """Multiplying a turn by an odd constant (Knuth's, then murmur3's) spreads turns over 2^32 and so over the places;
     `random` costs several times as much, and the same turn must give the same answer again."""
     count = len(targets)
@@ -143,9 +141,10 @@ def _of_few(
         mixed = (mixed * 2654435761 + 374761393) & 0xFFFFFFFF
         mixed ^= mixed >> 15
         target = targets[mixed * count >> 32]
-        if (best is None or target.in_flight < best.in_flight) and target.can_take(now, model):
-            if not avoid or target.row.id not in avoid:
-                best = target
+        if best is not None and target.in_flight >= best.in_flight:
+            continue
+        if target.can_take(now, model) and (not avoid or target.row.id not in avoid):
+            best = target
     return best
 
 
