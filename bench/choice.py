@@ -27,7 +27,8 @@ ALL = 0  # of `few`: every replica is looked at
 
 
 def look_at(few: int) -> None:
-    route.SCANNED, route.FEW = (0, few) if few else (1 << 30, 1)
+    route.SCANNED = 0 if few else 1 << 30
+    route.FEW = tuple(16 * at for at in range(few))
 
 
 def targets(count: int) -> list[Target]:

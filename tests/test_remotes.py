@@ -95,6 +95,6 @@ def test_a_key_made_for_inside_says_so_wherever_it_is_told(tmp_path: Path) -> No
     store.create("open")
     made = store.create("closed", inside=True)
     assert made.info.inside
-    assert [key.inside for key in store.list()] == [False, True]
-    assert [row.inside for row in store.rows()] == [False, True]
+    assert {key.name: key.inside for key in store.list()} == {"open": False, "closed": True}
+    assert {row.name: row.inside for row in store.rows()} == {"open": False, "closed": True}
     ledger.close()

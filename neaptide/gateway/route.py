@@ -9,8 +9,9 @@ import msgspec
 from neaptide.link import LoadReport
 from neaptide.table import ReplicaRow
 
-SCANNED = 16  # targets that are all looked at; of more, FEW that a sequence names (docs/decisions/0048)
-FEW = 2
+SCANNED = 32  # targets that are all looked at; of more, four (docs/decisions/0048)
+FEW: tuple[int, ...] = (0, 16, 32, 48)  # bits by which their places are found
+GOLDEN = 0x9E3779B97F4A7C15
 BACKOFF_S = (0.25, 0.5, 1.0, 2.0, 5.0)  # how long a replica that fails to connect is left out, by failures in a row
 
 
@@ -111,7 +112,7 @@ def choose(
     """The target with the least in flight among those that can take one for `model`; ties go round by `turn`. Replicas
     in `avoid` (already tried for this request) only where no other can take it. None: the request must wait.
 
-    Of more than SCANNED it is the less loaded of FEW, another few each turn; of all where none of them can take it."""
+    Of more than SCANNED it is the least loaded of a few, others each turn; of all where none of them can take it."""
     count = len(targets)
     if count > SCANNED:
         best = _of_few(targets, now, turn, avoid, model)
@@ -132,19 +133,15 @@ def choose(
 
 
 def _of_few(targets: Sequence[Target], now: float, turn: int, avoid: Collection[str], model: str) -> Target | None:
-    """Multiplying a turn by an odd constant (Knuth's, then murmur3's) spreads turns over 2^32 and so over the places;
-    `random` costs several times as much, and the same turn must give the same answer again."""
-    count = len(targets)
+    """The places are parts of the turn's multiple of 2^64 over the golden ratio: each part goes evenly over all of them.
+    A generator of random numbers costs more, and the same turn must name the same again."""
+    count, mixed = len(targets), turn * GOLDEN
     best: Target | None = None
-    mixed = turn
-    for _ in range(FEW):
-        mixed = (mixed * 2654435761 + 374761393) & 0xFFFFFFFF
-        mixed ^= mixed >> 15
-        target = targets[mixed * count >> 32]
-        if best is not None and target.in_flight >= best.in_flight:
-            continue
-        if target.can_take(now, model) and (not avoid or target.row.id not in avoid):
-            best = target
+    least = 1 << 60
+    for shift in FEW:
+        target = targets[(mixed >> shift & 0xFFFF) * count >> 16]
+        if target.in_flight < least and target.can_take(now, model) and (not avoid or target.row.id not in avoid):
+            best, least = target, target.in_flight
     return best
 
 
