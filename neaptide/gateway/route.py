@@ -133,8 +133,8 @@ def choose(
 
 
 def _of_few(targets: Sequence[Target], now: float, turn: int, avoid: Collection[str], model: str) -> Target | None:
-    """The places are parts of the turn's multiple of 2^64 over the golden ratio: each part goes evenly over all of them.
-    A generator of random numbers costs more, and the same turn must name the same again."""
+    """Their places are parts of the turn's multiple of 2^64 over the golden ratio: each part goes evenly over all
+    places. A generator of random numbers costs more, and the same turn must name the same again."""
     count, mixed = len(targets), turn * GOLDEN
     best: Target | None = None
     least = 1 << 60
