@@ -11,7 +11,7 @@ from neaptide.table import ReplicaRow
 
 SCANNED = 32  # targets that are all looked at; of more, four (docs/decisions/0048)
 FEW: tuple[int, ...] = (0, 16, 32, 48)  # bits by which their places are found
-GOLDEN = 0x9E3779B97F4A7C15
+SPREAD = 0xDB4F_BBE0_A0F2_89E1  # 1/x, 1/x^2, 1/x^3, 1/x^4 in 16 bits each, where x^5 = x + 1
 BACKOFF_S = (0.25, 0.5, 1.0, 2.0, 5.0)  # how long a replica that fails to connect is left out, by failures in a row
 
 
@@ -133,9 +133,10 @@ def choose(
 
 
 def _of_few(targets: Sequence[Target], now: float, turn: int, avoid: Collection[str], model: str) -> Target | None:
-    """Their places are parts of the turn's multiple of 2^64 over the golden ratio: each part goes evenly over all
-    places. A generator of random numbers costs more, and the same turn must name the same again."""
-    count, mixed = len(targets), turn * GOLDEN
+    """Their places are the turn's multiple of SPREAD in four parts, a point of a quasi-random sequence (Roberts' R4):
+    each part goes evenly over all places, and no two go together. A generator of random numbers costs more, and the
+    same turn must name the same again."""
+    count, mixed = len(targets), turn * SPREAD
     best: Target | None = None
     least = 1 << 60
     for shift in FEW:
