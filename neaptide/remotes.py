@@ -17,10 +17,11 @@ PERCENT = 100
 def is_outside(url: str) -> bool:
     """Whether what is sent there leaves the house, as far as the URL tells: all but this host does. A private address
     may be anybody's: who knows that it is not says so."""
-    host = urlsplit(url).hostname or ""
+    host = ""
     try:
+        host = urlsplit(url).hostname or ""
         return not ip_address(host).is_loopback
-    except ValueError:  # a name
+    except ValueError:  # a name, or nothing that a request could be sent to
         return host != "localhost"
 
 

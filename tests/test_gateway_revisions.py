@@ -19,7 +19,7 @@ from neaptide.gateway.lane import Lane
 from neaptide.gateway.metrics import Metrics
 from neaptide.gateway.revisions import Split
 from neaptide.gateway.route import Target
-from neaptide.table import DeploymentRow, Fast, ReplicaRow, Slow, Table
+from neaptide.table import DeploymentRow, Fast, ReplicaRow, Table
 from neaptide.wire.peek import peek
 from tests.gateway_kit import (
     AUTH,
@@ -246,7 +246,7 @@ def change(running: Running, *rows: dict[str, Any], **deployment: Any) -> None:
     table = running.door.table
     replicas = tuple(replace(r, **more) for r, more in zip(table.fast.replicas, rows, strict=False))
     deployments = tuple(replace(d, **deployment) for d in table.slow.deployments)
-    slow = cast(Slow, replace(table.slow, deployments=deployments))
+    slow = replace(table.slow, deployments=deployments)
     running.install(Table(fast=Fast(version=2, replicas=replicas), slow=slow))
 
 

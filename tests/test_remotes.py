@@ -59,6 +59,7 @@ def test_replicas_that_name_no_revision_have_the_models_own() -> None:
         ("http://127.0.0.1@example/v1", True),
         ("https://api.example/v1", True),
         ("http://0.0.0.0/v1", True),
+        ("http://[::1/v1", True),
     ],
 )
 def test_what_is_not_on_this_host_is_outside_unless_the_operator_says_otherwise(url: str, outside: bool) -> None:

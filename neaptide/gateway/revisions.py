@@ -22,10 +22,11 @@ class Group:
     def __init__(self, targets: Sequence[Target], model: str, split: bool = True) -> None:
         self.targets = targets
         self.by_id = {target.row.id: target for target in targets}
-        names = dict.fromkeys(target.row.revision_of(model) for target in targets) if split else ()
-        self.revisions: dict[str, Group] = {
-            name: Group([t for t in targets if t.row.revision_of(model) == name], model, split=False) for name in names
-        }
+        self.revisions: dict[str, Group] = {}
+        if split:
+            for name in dict.fromkeys(target.row.revision_of(model) for target in targets):
+                of_it = [target for target in targets if target.row.revision_of(model) == name]
+                self.revisions[name] = Group(of_it, model, split=False)
 
     def has(self, revision: str, now: float) -> bool:
         """Whether a replica of this revision is there: not leaving and not failing to connect. It may be busy."""
