@@ -223,7 +223,7 @@ def test_a_conversation_without_a_name_stays_with_its_revision_whatever_system_p
 
 
 @pytest.mark.parametrize(
-    "body", [b"{}", b'{"messages": [{"role": "user", "content": "hi"}]}', b'{"prompt": "' + b"x" * 4000]
+    "body", [b"{}", b'{"messages": [{"role": "user", "content": "hi"}]}', b'{"user": "u", "prompt": "' + b"x" * 4000]
 )
 def test_who_says_little_or_nothing_belongs_to_no_conversation(body: bytes) -> None:
     assert first_words(body, 7) is None

@@ -50,7 +50,8 @@ def first_words(body: bytes, seed: int) -> int | None:
     before. It is the same in every turn. None for a short body, and where nobody says anything."""
     if len(body) < SHORT_BYTES:
         return None
-    at = body.find(USER, max(0, body.find(b'"messages"')))
+    start = body.find(b'"messages"')
+    at = body.find(USER, start) if start >= 0 else -1
     if at < 0:
         return None
     said = body[at : at + BLOCK_BYTES]
