@@ -19,6 +19,7 @@ import msgspec
 import yaml
 
 from neaptide.errors import ConfigError
+from neaptide.remotes import check_traffic
 from neaptide.specs import EngineOptions
 from neaptide.table import Cors, Limits, Timeouts
 from neaptide.tls.settings import ListenTls, ReplicaTls, placed_listener, placed_replica
@@ -53,6 +54,8 @@ class RemoteReplica(Part, frozen=True, kw_only=True):
     max_running: int | None = None  # absent = unlimited
     tls: ReplicaTls | None = None
     resumes: bool = False  # it continues a chat's last message where `continue_final_message` says so, as vLLM does
+    revision: str = ""  # default: the deployment's
+    outside: bool | None = None  # absent: unless the URL names this host
 
 
 class GpuSource(Part, frozen=True, kw_only=True):
@@ -76,6 +79,7 @@ class ModelSettings(Part, frozen=True, kw_only=True):
     slo: Slo = Slo()
     replicas: tuple[RemoteReplica, ...] = ()
     gpus: tuple[GpuSource, ...] = ()  # that its replicas run on, as far as exporters tell of them
+    traffic: dict[str, int] = {}  # percent by revision, of such replicas; empty: whichever has room
     aliases: tuple[str, ...] = ()
     timeouts: Timeouts = Timeouts()
     max_waiting: int = 1024
@@ -124,6 +128,7 @@ class Price(Part, frozen=True, kw_only=True):
 
 class TenantSettings(Part, frozen=True, kw_only=True):
     weight: float = 1.0  # of tokens, where several tenants wait for the same model
+    data: Literal["any", "inside"] = "any"  # inside: its requests never go to a replica that is outside
 
 
 class Settings(Part, frozen=True, kw_only=True):
@@ -309,6 +314,9 @@ def _checked(s: Settings, origin: str, base: Path) -> Settings:
         if not MOST_UNEQUAL[0] <= tenant.weight <= MOST_UNEQUAL[1]:
             what = f"{origin}: tenants.{name}.weight: {tenant.weight:g}"
             raise ConfigError(what, code="E108", fix="a number from {:g} to {:g}; 1 is usual".format(*MOST_UNEQUAL))
+        if tenant.data == "inside" and s.auth == "off":
+            what = f"{origin}: tenants.{name}.data: inside, and auth is off"
+            raise ConfigError(what, why="nobody's tenant is known then", code="E108", fix="set auth: keys")
     taken: dict[str, str] = {}
     for name, model in s.models.items():
         for label in (name, *model.aliases):
@@ -394,6 +402,7 @@ def _resolved(name: str, m: ModelSettings, base: Path) -> ModelSettings:
         )
     if not m.replicas and m.source is None and m.engine != "echo" and name != "guide":
         raise ConfigError(f"{key}: neither source nor replicas", code="E108", fix=f"add {key}.source: DIR")
+    check_traffic(key, m.traffic, [r.revision for r in m.replicas])
     remotes = tuple(_remote(r, f"{key}.replicas[{i}]", base) for i, r in enumerate(m.replicas))
     source = m.source
     if source and source.startswith((".", "~")):

@@ -44,6 +44,7 @@ class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
     resumes: bool = False  # http: it goes on with a text that another has begun
     members: dict[str, str] = {}  # of a pool, whose name `model` is then: revision by model
     tls: ReplicaTls | None = None  # of an https endpoint; None: checked against the system's store
+    outside: bool = False  # what is sent there leaves the house: never a request whose key keeps its data inside
 
     def serves(self) -> Collection[str]:
         """The models that it takes requests for."""
@@ -65,6 +66,7 @@ class DeploymentRow(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens_default: int = 1024
     failing: str = ""  # why no replica starts; non-empty and no replica: 503 with this text
     slo_ttft_s: float = 1.0  # a first token that comes later is counted as late
+    traffic: dict[str, int] = {}  # percent of new requests by revision; empty: whichever replica has room
     affinity: bool = False  # prompts that begin alike go to the same replica: it has a prefix cache that they share
 
 
@@ -76,6 +78,7 @@ class KeyRow(msgspec.Struct, frozen=True, kw_only=True):
     project: str = ""
     priority: str = "normal"  # highest class this key may ask for
     models: tuple[str, ...] = ()  # empty: all
+    inside: bool = False  # its requests never go to a replica that is outside
     disabled: bool = False
 
 

@@ -117,6 +117,13 @@ def test_keys_list_never_shows_a_key(control: FakeControl) -> None:
     assert "secret" not in listed.stdout
 
 
+def test_a_key_whose_data_stays_inside_is_made_and_listed_as_such(control: FakeControl) -> None:
+    assert ask(control, "keys", "create", "--inside").returncode == 0
+    assert control.asked == [NewKey(inside=True)]
+    (row,) = [line for line in ask(control, "keys", "list").stdout.splitlines() if "…wxyz" in line]
+    assert "active, inside" in row
+
+
 def test_keys_revoke_disables_it(control: FakeControl) -> None:
     assert told(control, "keys", "revoke", "k1") == told(control, "keys", "revoke", "k1")
     assert control.held[0].disabled

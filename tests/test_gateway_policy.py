@@ -16,7 +16,7 @@ from neaptide.gateway.metrics import Metrics
 from neaptide.gateway.queue import Line, too_long
 from neaptide.gateway.record import Timing
 from neaptide.gateway.repeat import learn, whole_chunks
-from neaptide.gateway.route import Target, choose
+from neaptide.gateway.route import SCANNED, Target, choose
 from neaptide.gateway.sse import TAIL_BYTES, Counts, HideUsage, finish, of_answer, usage
 from neaptide.link import LoadReport
 from neaptide.observe.histogram import Histogram
@@ -201,6 +201,41 @@ def test_a_replica_that_was_tried_is_tried_again_only_without_another():
     two.take()
     assert choose([one, two], 0.0, avoid=["r0"]) is two
     assert choose([one], 0.0, avoid=["r0"]) is one
+
+
+@given(
+    st.lists(st.sampled_from(["busy", "idle", "full", "leaving", "down"]), max_size=3 * SCANNED),
+    st.integers(0, 1 << 40),
+    st.sets(st.integers(0, 3 * SCANNED)),
+)
+def test_whatever_is_looked_at_somebody_who_can_take_it_is_found_and_who_was_tried_comes_last(
+    kinds: list[str], turn: int, tried: set[int]
+) -> None:
+    rows = {"full": {"max_running": 0}, "leaving": {"state": "draining"}}
+    many = targets(*(rows.get(kind, {}) for kind in kinds))
+    for target, kind in zip(many, kinds, strict=True):
+        target.in_flight = 5 if kind == "busy" else 0
+        if kind == "down":
+            target.failed(10.0)
+    avoid = [f"r{at}" for at in tried]
+    able = [t for t in many if t.can_take(10.1)]
+    untried = [t for t in able if t.row.id not in avoid]
+    found = choose(many, 10.1, turn, avoid)
+    assert (found is None) == (not able)
+    assert found is None or found in (untried or able)
+    if len(many) <= SCANNED and untried:
+        assert found is not None
+        assert found.in_flight == min(t.in_flight for t in untried)
+
+
+def test_among_many_replicas_no_one_gets_far_more_than_the_mean() -> None:
+    many = targets(*({} for _ in range(8 * SCANNED)))
+    for turn in range(10 * len(many)):
+        target = choose(many, 0.0, turn)
+        assert target is not None
+        target.take()
+    assert max(t.in_flight for t in many) <= 13
+    assert min(t.in_flight for t in many) >= 6
 
 
 def test_a_linked_replica_takes_what_it_reported_less_what_was_sent_since():

@@ -34,6 +34,7 @@ def _row(k: KeyInfo) -> list[str]:
     state = say("keys.revoked") if k.disabled else say("keys.active")
     scope = f"{k.tenant}/{k.project}" if k.project else k.tenant
     models = ", ".join(k.models) or "*"
+    state += f", {say('keys.inside')}" if k.inside else ""
     return [k.id, k.name or "-", f"…{k.tail}", scope, k.priority, models, moment(k.created_wall_s), state]
 
 
@@ -49,9 +50,13 @@ def _row(k: KeyInfo) -> list[str]:
     help=say("keys.opt.priority"),
 )
 @click.option("--model", "models", multiple=True, help=say("keys.opt.model"))
+@click.option("--inside", is_flag=True, help=say("keys.opt.inside"))
 @common
-def create(session: Session, name: str, tenant: str, project: str, priority: str, models: tuple[str, ...]) -> None:
+def create(
+    session: Session, name: str, tenant: str, project: str, priority: str, models: tuple[str, ...], inside: bool
+) -> None:
     asked = {"name": name, "tenant": tenant, "project": project, "priority": priority, "models": models}
+    asked["inside"] = inside
     body = msgspec.json.encode(msgspec.convert(asked, NewKey))
     made = client.admin(session.state).call("POST", "keys", CreatedKey, body=body)
     if session.as_json:

@@ -150,7 +150,12 @@ class Books:
     async def create_key(self, new: port.NewKey) -> port.CreatedKey:
         made = await self._call(
             lambda: self._keys().create(
-                new.name, tenant=new.tenant, project=new.project or "default", priority=new.priority, models=new.models
+                new.name,
+                tenant=new.tenant,
+                project=new.project or "default",
+                priority=new.priority,
+                models=new.models,
+                inside=new.inside,
             )
         )
         await self._reload()
@@ -212,6 +217,7 @@ def _shown(info: KeyInfo) -> port.KeyInfo:
         project=info.project,
         priority=cast(Priority, info.priority),  # checked when it was written
         models=info.models,
+        inside=info.inside,
         created_wall_s=info.created_s,
         disabled=info.disabled,
     )

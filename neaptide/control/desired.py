@@ -110,17 +110,26 @@ def slow_part(
                 max_tokens_default=m.max_tokens_default,
                 failing=failing.get(d.model, ""),
                 slo_ttft_s=d.slo.ttft_s,
+                traffic=m.traffic,
                 affinity=m.prefix_cache == "shared",
             )
         )
     return Slow(
         deployments=tuple(rows),
-        keys=keys,
+        keys=_classed(keys, settings),
         limits=settings.limits,
         cors=settings.cors,
         auth=settings.auth == "keys",
         weights={name: tenant.weight for name, tenant in settings.tenants.items()},
     )
+
+
+def _classed(keys: tuple[KeyRow, ...], settings: Settings) -> tuple[KeyRow, ...]:
+    """A tenant whose data stays inside has no key that says otherwise."""
+    inside = {name for name, tenant in settings.tenants.items() if tenant.data == "inside"}
+    if not inside:
+        return keys
+    return tuple(msgspec.structs.replace(k, inside=True) if k.tenant in inside else k for k in keys)
 
 
 def difference(old: Settings, new: Settings, replicas: Mapping[str, list[str]], dry_run: bool) -> ApplyReport:

@@ -308,6 +308,7 @@ HEADERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("x-neaptide-priority", {"enum": ["low", "normal", "high"]}),
     ("x-neaptide-deadline-ms", {"type": "integer", "minimum": 1}),
     ("x-neaptide-conversation", {"type": "string"}),
+    ("x-neaptide-revision", {"type": "string", "minLength": 1, "maxLength": 160}),
     ("x-request-id", {"type": "string", "minLength": 1, "maxLength": 128}),
     ("traceparent", {"type": "string"}),
 )

@@ -40,6 +40,7 @@ class KeyInfo(msgspec.Struct, frozen=True, kw_only=True):
     project: str
     priority: str
     models: tuple[str, ...]
+    inside: bool
     disabled: bool
     last_four: str
     created_s: float
@@ -88,11 +89,13 @@ class KeyStore:
         project: str = "default",
         priority: Priority = "normal",
         models: tuple[str, ...] = (),
+        inside: bool = False,
     ) -> NewKey:
-        """A new key. `priority` is the highest class it may ask for, `models` what it may use (empty: all).
+        """A new key. `priority` is the highest class it may ask for, `models` what it may use (empty: all); `inside`:
+        its requests never go to a replica that is outside.
         RequestError 400 for an unknown project, priority or an over-long name."""
         secret = PREFIX + secrets.token_urlsafe(32)
-        return NewKey(secret, self._add(secret, name, tenant, team, project, priority, models))
+        return NewKey(secret, self._add(secret, name, tenant, team, project, priority, models, inside))
 
     def adopt(self, secret: str, name: str, *, priority: Priority = "high") -> KeyInfo:
         """The given key as one of the default project; the same call again changes nothing. A key that was revoked
@@ -120,7 +123,15 @@ class KeyStore:
         return tuple(_row(key) for key in self._accounts.all_keys() if not key.disabled)
 
     def _add(
-        self, secret: str, name: str, tenant: str, team: str, project: str, priority: str, models: tuple[str, ...]
+        self,
+        secret: str,
+        name: str,
+        tenant: str,
+        team: str,
+        project: str,
+        priority: str,
+        models: tuple[str, ...],
+        inside: bool = False,
     ) -> KeyInfo:
         _check(name, priority, (*models, tenant, team, project))
         key = KeyRecord(
@@ -132,6 +143,7 @@ class KeyStore:
             project=project,
             priority=priority,
             models=models,
+            inside=inside,
             last_four=secret[-4:],
             created_s=self._clock.wall_s(),
         )
@@ -165,4 +177,5 @@ def _row(key: KeyRecord) -> KeyRow:
         project=key.project,
         priority=key.priority,
         models=key.models,
+        inside=key.inside,
     )

@@ -279,6 +279,7 @@ class KeyInfo(Answer, frozen=True):
     project: str = ""
     priority: Priority = "normal"
     models: tuple[str, ...] = ()  # empty: all
+    inside: bool = False  # as it was made; its tenant may say the same of all its keys
     created_wall_s: float = 0.0
     disabled: bool = False
 
@@ -289,6 +290,7 @@ class NewKey(Ask, frozen=True):
     project: str = ""
     priority: Priority = "normal"  # the highest class it may ask for
     models: tuple[str, ...] = ()
+    inside: bool = False  # its requests never go to a replica that is outside
 
 
 class CreatedKey(Answer, frozen=True):

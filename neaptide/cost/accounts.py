@@ -23,6 +23,7 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...]
     last_four: str
     created_s: float
+    inside: bool = False
     disabled_s: float | None = None
 
     @property
@@ -48,6 +49,7 @@ class Accounts:
             "project_id": key.project,
             "priority": key.priority,
             "models": msgspec.json.encode(key.models).decode(),
+            "inside": key.inside,
             "disabled": False,
             "last_four": key.last_four,
             "created_s": key.created_s,
@@ -119,6 +121,7 @@ def _record(row: sa.Row[tuple[object, ...]]) -> KeyRecord:
         project=fields["project_id"],
         priority=fields["priority"],
         models=tuple(msgspec.json.decode(fields["models"], type=list[str])),
+        inside=fields["inside"],
         last_four=fields["last_four"],
         created_s=fields["created_s"],
         disabled_s=fields["disabled_s"],

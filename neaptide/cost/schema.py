@@ -18,6 +18,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    false,
     text,
 )
 
@@ -70,6 +71,7 @@ keys = Table(
     Column("project_id", Text, nullable=False),
     Column("priority", Text, nullable=False),  # highest class it may ask for
     Column("models", Text, nullable=False),  # JSON list; empty: all
+    Column("inside", Boolean, nullable=False, server_default=false()),  # never to a replica that is outside
     Column("disabled", Boolean, nullable=False),
     Column("last_four", Text, nullable=False),  # for display
     Column("created_s", Double, nullable=False),

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from neaptide.errors import RequestError
+from neaptide.remotes import REVISION
 from neaptide.table import KeyRow
 from neaptide.types import Priority
 
@@ -64,12 +65,14 @@ class Terms(NamedTuple):
 
     priority: Priority
     timed: bool
+    revision: str = ""  # the one that it is to be answered by; "": any
 
 
 def terms(headers: Mapping[bytes, bytes], key: KeyRow) -> Terms:
-    """RequestError 400 for a class that is none."""
+    """RequestError 400 for a class or a revision that is none."""
     timed = b"x-neaptide-deadline-ms" in headers or b"x-stainless-read-timeout" in headers
-    return Terms(priority(headers.get(b"x-neaptide-priority"), key), timed)
+    pinned = headers.get(b"x-neaptide-revision")
+    return Terms(priority(headers.get(b"x-neaptide-priority"), key), timed, revision(pinned) if pinned else "")
 
 
 def check_model(key: KeyRow, model: str) -> None:
@@ -91,6 +94,19 @@ def priority(asked: bytes | None, key: KeyRow) -> Priority:
             400, f"x-neaptide-priority is {name[:32]!r}: it must be low, normal or high.", slug="invalid_priority"
         )
     return CLASSES[min(CLASSES.index(name), highest)]
+
+
+def revision(asked: bytes) -> str:
+    """The revision that a client names; RequestError 400 for what cannot be one."""
+    name = asked.decode("latin-1")
+    if not REVISION.fullmatch(name):
+        raise RequestError(
+            400,
+            "x-neaptide-revision is no revision's name: letters, digits and . _ : / -, at most 160.",
+            slug="invalid_revision",
+            fix="Leave it out, or name a revision that `neaptide status --json` lists.",
+        )
+    return name
 
 
 def deadline_s(headers: Mapping[bytes, bytes], stream: bool, arrived_s: float) -> float:

@@ -94,6 +94,7 @@ class Door:
             self.refuse(connection, call, error, now)
             return
         connection.exchange = exchange = Exchange(self, connection, call, key, lane, asked, terms.priority, deadline_s)
+        exchange.pinned = terms.revision
         self.live.add(exchange)
         lane.metrics.arrivals += 1
         if deadline_s < FOREVER and (late := lane.hopeless(exchange, now)) is not None:
@@ -105,10 +106,11 @@ class Door:
         # Who runs nothing is below its share.
         may = lane.may(now) if line.shares.crowded and (account.running or line.waiting) else None
         allowed = may is None or may(account, rank)
-        target = lane.pick(exchange, now) if allowed and not line.waiting else None
+        # In a mixed lane those who wait have no use for what is free, or they would have it.
+        target = lane.pick(exchange, now) if allowed and (not line.waiting or lane.mixed) else None
         if target is None:
             self._wait(exchange, now)
-            if line.lost or (allowed and may is not None):
+            if line.lost or lane.mixed or (allowed and may is not None):
                 self.pump(lane, now)  # what is free may be kept from those who wait, and be for it
         else:
             line.passed(account, rank)
@@ -121,6 +123,8 @@ class Door:
         try:
             if self.lanes.get(lane.row.model) is not lane:
                 raise _no_longer_served()
+            if (barred := lane.barred(exchange)) is not None:
+                raise barred
             if lane.row.failing and not ready:
                 raise RequestError(
                     503, f"No replica starts: {lane.row.failing}.", slug="replica_failing", retry_after_s=5.0
@@ -235,7 +239,7 @@ class Door:
         while line.waiting:
             if route.choose(lane.targets, now, lane.turn, (), lane.row.model) is None:
                 return
-            ticket = line.first(now, lane.may(now), partial(lane.fits, now=now) if line.lost else None)
+            ticket = line.first(now, lane.may(now), partial(lane.fits, now=now) if line.lost or lane.mixed else None)
             if ticket is None:
                 return
             ticket.item.ticket = None
@@ -329,6 +333,8 @@ class Door:
         self._set_replicas(r for r in table.fast.replicas if not lanes.keys().isdisjoint(r.serves()))
         for model, lane in lanes.items():
             lane.aim([t for t in self.targets.values() if model in t.row.serves()])
+        self._bar(now)
+        for lane in lanes.values():
             self.pump(lane, now)
 
     def _set_replicas(self, rows: Iterable[ReplicaRow]) -> None:
@@ -348,6 +354,12 @@ class Door:
             if upstreams.get(replica) is not upstream:
                 upstream.close()
         self.targets, self._upstreams = targets, upstreams
+
+    def _bar(self, now: float) -> None:
+        """Whoever waits for what the table has no more need not wait longer."""
+        for exchange in [e for e in self.live if e.state == WAITING]:
+            if (barred := exchange.lane.barred(exchange)) is not None:
+                exchange.fail(barred, now, "refused")
 
     def _room(self, target: Target) -> None:
         """A replica may have become able to take more, for any of its models."""

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from neaptide.clock import mono_s
 from neaptide.errors import RequestError
 from neaptide.gateway import answer, record, resume, sse
-from neaptide.gateway.affinity import blocks_of, conversation_of
+from neaptide.gateway.affinity import CONVERSATION, blocks_of, conversation_of
 from neaptide.gateway.call import Call
 from neaptide.gateway.queue import Ticket
 from neaptide.gateway.record import Timing
@@ -60,9 +60,9 @@ class Exchange:
     __slots__ = (
         "_broken", "_held", "_hide", "_last", "_length", "_plain", "_recent", "account", "answer", "asked",
         "attempts", "barren", "begun", "body", "call", "charged", "connection", "counts", "deadline_s", "door", "end",
-        "error", "finish", "handle", "ids", "key", "lane", "lost_s", "made", "opened", "outcome", "paused_s",
+        "error", "finish", "handle", "ids", "key", "lane", "lost_s", "made", "opened", "outcome", "paused_s", "pinned",
         "priority", "prompt_bytes", "rank", "resumes", "revision", "sent_s", "state", "state_s", "target", "ticket",
-        "timing", "transcript", "tried", "waited_s",
+        "timing", "transcript", "tried", "waited_s", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -94,6 +94,7 @@ class Exchange:
         self.barren = False  # the replica before this one died of it without a token, or might have
         self.lost_s = 0.0  # when its last replica was lost; 0: none was
         self.revision = ""  # of the replica that has begun
+        self.pinned = self.wanted = ""  # the revision that its client names; the one that it was given by shares
         self.begun = self.opened = False  # a begin record is written; the answer's head is out
         self.sent_s = self.waited_s = self.paused_s = 0.0
         self.outcome: Outcome = "ok"
@@ -381,7 +382,7 @@ class Exchange:
 
     def blocks(self) -> list[int]:
         """Of the beginning of its prompt, or of the conversation that its client names."""
-        named, seed = self.call.headers.get(b"x-neaptide-conversation"), self.lane.seed
+        named, seed = self.call.headers.get(CONVERSATION), self.lane.seed
         return conversation_of(named, seed) if named else blocks_of(self.call.body, seed)
 
     def charge(self, tokens: int) -> None:

@@ -9,6 +9,9 @@ import msgspec
 from neaptide.link import LoadReport
 from neaptide.table import ReplicaRow
 
+SCANNED = 32  # targets that are all looked at; of more, four (docs/decisions/0048)
+FEW: tuple[int, ...] = (0, 16, 32, 48)  # bits by which their places are found
+SPREAD = 0xDB4F_BBE0_A0F2_89E1  # 1/x, 1/x^2, 1/x^3, 1/x^4 in 16 bits each, where x^5 = x + 1
 BACKOFF_S = (0.25, 0.5, 1.0, 2.0, 5.0)  # how long a replica that fails to connect is left out, by failures in a row
 
 
@@ -107,10 +110,16 @@ def choose(
     targets: Sequence[Target], now: float, turn: int = 0, avoid: Collection[str] = (), model: str = ""
 ) -> Target | None:
     """The target with the least in flight among those that can take one for `model`; ties go round by `turn`. Replicas
-    in `avoid` (already tried for this request) only where no other can take it. None: the request must wait."""
-    best: Target | None = None
-    least = 1 << 60
+    in `avoid` (already tried for this request) only where no other can take it. None: the request must wait.
+
+    Of more than SCANNED it is the least loaded of a few, others each turn; of all where none of them can take it."""
     count = len(targets)
+    if count > SCANNED:
+        best = _of_few(targets, now, turn, avoid, model)
+        if best is not None:
+            return best
+    best = None
+    least = 1 << 60
     start = turn % count if count else 0
     for at in range(start - count, start):  # negative places count from the end: all of them, from `start` on
         target = targets[at]
@@ -120,6 +129,20 @@ def choose(
                 break
     if best is None and avoid:
         return choose(targets, now, turn, model=model)
+    return best
+
+
+def _of_few(targets: Sequence[Target], now: float, turn: int, avoid: Collection[str], model: str) -> Target | None:
+    """Their places are the turn's multiple of SPREAD in four parts, a point of a quasi-random sequence (Roberts' R4):
+    each part goes evenly over all places, and no two go together. A generator of random numbers costs more, and the
+    same turn must name the same again."""
+    count, mixed = len(targets), turn * SPREAD
+    best: Target | None = None
+    least = 1 << 60
+    for shift in FEW:
+        target = targets[(mixed >> shift & 0xFFFF) * count >> 16]
+        if target.in_flight < least and target.can_take(now, model) and (not avoid or target.row.id not in avoid):
+            best, least = target, target.in_flight
     return best
 
 
