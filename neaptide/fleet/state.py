@@ -3,6 +3,7 @@
 run/         sockets, lock, up.json          journal/   one directory a gateway process
 ledger.db    usage, charges, keys            log/       access, decisions, one file a process
 config.json  the configuration in force      cache/     calibrations, downloads
+audit/       who changed what                admins.json  admin tokens, as hashes
 key, admin-token, pepper, epoch
 """
 
@@ -29,6 +30,7 @@ class StateDir:
         self.supervisor_sock, self.control_sock = self.run / "supervisor.sock", self.run / "control.sock"
         self.up_json, self.config_json = self.run / "up.json", self.root / "config.json"
         self.key, self.admin_token, self.pepper = self.root / "key", self.root / "admin-token", self.root / "pepper"
+        self.admins, self.audit = self.root / "admins.json", self.root / "audit"
 
     def create(self) -> None:
         try:
