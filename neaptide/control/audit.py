@@ -38,7 +38,7 @@ class AuditLog:
     ) -> None:
         self._directory, self._clock = directory, clock
         self._file_bytes, self._kept_files = file_bytes, kept_files
-        self._fd, self._bytes = -1, 0
+        self._fd, self._bytes, self._path = -1, 0, directory / _name(1)
         self._head = Head()
         self._waiting: list[AuditRow] = []  # lines that a full disk has kept out
         try:
@@ -87,8 +87,10 @@ class AuditLog:
     def _write(self, row: AuditRow) -> None:
         line, head = sealed(row, self._head)
         try:
-            if self._fd < 0 or (self._bytes and self._bytes + len(line) > self._file_bytes):
-                self._open(self._directory / f"{head.n:010d}.jsonl")
+            if self._fd < 0:
+                self._open(self._path)
+            if self._bytes and self._bytes + len(line) > self._file_bytes:
+                self._open(self._directory / _name(head.n))
                 self._drop_oldest()
                 line, head = sealed(row, self._head)
             self._append(line, head)
@@ -96,15 +98,16 @@ class AuditLog:
             raise _unwritable(self._directory, e) from e
 
     def _append(self, line: bytes, head: Head) -> None:
-        """OSError, and the file is as it was."""
+        """OSError, and the file is as it was; it is opened anew for the next line."""
         left = memoryview(line)
         try:
             while left:
                 left = left[os.write(self._fd, left) :]
             os.fdatasync(self._fd)
         except OSError:
-            with contextlib.suppress(OSError):  # else the next opening cuts it away
+            with contextlib.suppress(OSError):  # else opening it cuts the rest away
                 os.ftruncate(self._fd, self._bytes)
+            self.close()
             raise
         self._bytes += len(line)
         self._head = head
@@ -115,6 +118,8 @@ class AuditLog:
 
     def _open(self, path: Path) -> None:
         self.close()
+        self._path = path
+        _mend(path)
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._bytes = os.fstat(self._fd).st_size
         self._sync_directory()
@@ -158,7 +163,7 @@ class AuditLog:
         elif not files:
             self._head = Head()
         if files:
-            self._open(files[-1])
+            self._path = files[-1]
         if cut:
             self._own(MENDED, f"{cut} bytes of a line that was cut off")
         if known.n > self._head.n or (known.n == self._head.n and known != self._head):
@@ -234,8 +239,15 @@ def verify(directory: Path, *heads: Head) -> Verdict:
     return check(lines(segments(directory)), (known, *heads))
 
 
+def _name(first: int) -> str:
+    """Of the file whose first line has this number."""
+    return f"{first:010d}.jsonl"
+
+
 def _mend(path: Path) -> int:
-    """Cuts a line without its newline off the end; its bytes."""
+    """Cuts a line without its newline off the end; its bytes. Nothing where there is no such file."""
+    if not path.is_file():
+        return 0
     content = path.read_bytes()
     cut = len(content) - (content.rfind(b"\n") + 1)
     if cut:
