@@ -8,8 +8,9 @@ import signal
 import stat
 import subprocess
 import sys
+import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -20,12 +21,14 @@ from hypothesis import strategies as st
 from neaptide.clock import VirtualClock
 from neaptide.control import backup, gate
 from neaptide.control.audit import AuditLog, head_of, lines, newest, segments, verify
-from neaptide.control.chain import START, AuditRow, Head, check, parsed, sealed
+from neaptide.control.chain import START, AuditQuery, AuditRow, Head, check, parsed, sealed
 from neaptide.control.roles import NEEDS
 from neaptide.errors import StorageError
 from tests.admin_fake import TOKEN, write_state
 from tests.cli_run import cli, environment
+from tests.conftest import Service
 from tests.dashboard_kit import BEARER, Site, site
+from tests.traffic import admin, wait_for
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,7 +39,7 @@ def log_in(directory: Path, *, file_bytes: int = 1 << 20, kept_files: int = 16) 
 
 def written(directory: Path) -> list[AuditRow]:
     """All lines, oldest first."""
-    return list(reversed(newest(directory, 1_000_000)))
+    return list(reversed(newest(directory, AuditQuery(limit=1_000_000))))
 
 
 def row(request: str, action: str = "createKey") -> AuditRow:
@@ -177,7 +180,7 @@ def test_files_are_bounded_and_what_is_dropped_is_told(tmp_path: Path) -> None:
     told = [r for r in written(tmp_path) if r.action == "dropped"]
     found = verify(tmp_path)
     assert (found.problem, found.first) == ("", int(told[-1].before) + 1)
-    assert log_in(tmp_path, file_bytes=2000, kept_files=3) is not None
+    log_in(tmp_path, file_bytes=2000, kept_files=3)
     assert verify(tmp_path).problem == ""
     files[0].unlink()
     assert "no line says" in verify(tmp_path).problem
@@ -422,6 +425,29 @@ def test_a_backup_holds_the_tokens_and_the_log(here: Site, tmp_path: Path) -> No
     assert verify(new / "audit") == verify(here.control.state / "audit")
     assert made["info"]["id"] in (new / "admins.json").read_text()
     assert list(lines(segments(new / "audit")))
+
+
+def is_back(service: Service) -> bool:
+    try:
+        return bool(admin(service, "api/v1/status")["ready"])
+    except OSError:
+        return False
+
+
+def test_a_service_goes_on_with_its_log_and_tokens_when_control_is_killed(serve: Callable[..., Service]) -> None:
+    service = serve()
+    service.run("keys", "create", "--name", "laptop")
+    viewer = service.run("admins", "create", "--role", "viewer").stdout.strip()
+    os.kill(service.pids["control"][0], signal.SIGKILL)
+    wait_for(lambda: is_back(service), "the admin API is back")
+    refused = cli("keys", "create", "--state", str(service.state), NEAPTIDE_ADMIN_TOKEN=viewer)
+    assert "error[E620]" in refused.stderr
+    link = json.loads(service.run("dashboard", "--json").stdout)["url"]
+    with urllib.request.urlopen(link, timeout=20) as page:
+        assert page.status == 200
+    rows = json.loads(service.run("audit", "--json").stdout)["rows"]
+    assert [r["action"] for r in rows] == ["signIn", "createLink", "denied", "createAdmin", "createKey"]
+    assert verify(service.state / "audit").problem == ""
 
 
 def test_opening_a_log_clears_what_the_killed_left_half_written(tmp_path: Path) -> None:

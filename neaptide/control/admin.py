@@ -21,7 +21,7 @@ from starlette.routing import BaseRoute, Route
 
 from neaptide import __version__
 from neaptide.control import notes
-from neaptide.control.chain import AuditPage
+from neaptide.control.chain import AuditPage, AuditQuery
 from neaptide.control.gate import Access
 from neaptide.control.guard import WHO, AdminError, Front, Guard, answer, failure
 from neaptide.control.port import (
@@ -94,15 +94,6 @@ class ModelQuery(NoQuery, frozen=True, kw_only=True):
 class ShadowsQuery(NoQuery, frozen=True, kw_only=True):
     model: str = ""  # "" = every model
     days: int = 1  # the last ones, 1 to 35
-
-
-class AuditQuery(NoQuery, frozen=True, kw_only=True):
-    before: int | None = None  # lines with a smaller number; None: from the newest on
-    since_s: float | None = None
-    until_s: float | None = None
-    action: str | None = None
-    who: str | None = None  # id of a token
-    limit: int = 100  # lines, 1 to 1,000
 
 
 class DownQuery(NoQuery, frozen=True, kw_only=True):
@@ -201,7 +192,7 @@ async def _create_admin(a: Ask) -> CreatedAdmin:
 
 async def _audit(a: Ask) -> AuditPage:
     _within("limit", a.query.limit, 1, 1000)
-    return await a.access.rows(**msgspec.structs.asdict(a.query))
+    return await a.access.rows(a.query)
 
 
 async def _down(a: Ask) -> DownReport:

@@ -54,7 +54,7 @@ class Admins:
             return msgspec.json.decode(self._path.read_bytes(), type=tuple[Row, ...])
         except FileNotFoundError:
             return ()
-        except (OSError, msgspec.MsgspecError) as e:
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as e:
             fix = "restore it from a backup, or remove it: then the host's own token is the only one"
             raise StorageError(f"{self._path} cannot be read: {e}", code="E551", fix=fix) from e
 

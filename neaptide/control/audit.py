@@ -18,7 +18,19 @@ from pathlib import Path
 import msgspec
 
 from neaptide.clock import Clock
-from neaptide.control.chain import DROPPED, LOST, MENDED, AuditRow, Head, Verdict, check, hashed, parsed, sealed
+from neaptide.control.chain import (
+    DROPPED,
+    LOST,
+    MENDED,
+    AuditQuery,
+    AuditRow,
+    Head,
+    Verdict,
+    check,
+    hashed,
+    parsed,
+    sealed,
+)
 from neaptide.errors import StorageError
 from neaptide.fleet.state import write_private
 
@@ -160,8 +172,6 @@ class AuditLog:
         row, known = parsed(last), head_of(self._directory)
         if last:
             self._head = Head(row.n if row else known.n, hashed(last))
-        elif not files:
-            self._head = Head()
         if files:
             self._path = files[-1]
         if cut:
@@ -201,7 +211,7 @@ def head_of(directory: Path) -> Head:
     """The last line as head.json knows it; Head() where there is none."""
     try:
         return msgspec.json.decode((directory / HEAD).read_bytes(), type=Head)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return Head()
 
 
@@ -214,22 +224,16 @@ def lines(paths: Iterable[Path]) -> Iterator[bytes]:
                 yield line.removesuffix(b"\n")
 
 
-def newest(
-    directory: Path, limit: int, *, before: int | None = None, since_s: float | None = None,
-    until_s: float | None = None, action: str | None = None, who: str | None = None,
-) -> tuple[AuditRow, ...]:  # fmt: skip
-    """At most `limit` lines, newest first: with a number under `before`, since <= time < until (wall seconds)."""
+def newest(directory: Path, query: AuditQuery) -> tuple[AuditRow, ...]:
+    """The lines that are asked for, newest first."""
     out: list[AuditRow] = []
     for path in reversed(segments(directory)):
         for line in reversed(list(lines([path]))):
-            row = parsed(line)
-            if row is None or (before is not None and row.n >= before):
-                continue
-            in_time = (since_s is None or row.at_wall_s >= since_s) and (until_s is None or row.at_wall_s < until_s)
-            if in_time and action in (None, row.action) and who in (None, row.who):
-                out.append(row)
-            if len(out) == limit:
+            if len(out) >= query.limit:
                 return tuple(out)
+            row = parsed(line)
+            if row is not None and query.asks_for(row):
+                out.append(row)
     return tuple(out)
 
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from neaptide.control.port import Answer
+from neaptide.control.port import Answer, Ask
 
 START = "0" * 64  # what the first line follows
 DROPPED, MENDED, LOST = "dropped", "mended", "lost"  # actions of the log itself; see AuditLog
@@ -47,6 +47,23 @@ class AuditRow(Answer, frozen=True):
     status: int = 0  # HTTP; 0 = not known
     code: str = ""  # of the error
     skipped: int = 0  # refusals since the line before that were too many to write down
+
+
+class AuditQuery(Ask, frozen=True):
+    """Which lines; half-open in time."""
+
+    before: int | None = None  # lines with a smaller number; None: from the newest on
+    since_s: float | None = None  # wall seconds
+    until_s: float | None = None
+    action: str | None = None
+    who: str | None = None  # id of a token
+    limit: int = 100  # lines, 1 to 1,000
+
+    def asks_for(self, row: AuditRow) -> bool:
+        in_time = self.since_s is None or row.at_wall_s >= self.since_s
+        in_time = in_time and (self.until_s is None or row.at_wall_s < self.until_s)
+        behind = self.before is None or row.n < self.before
+        return in_time and behind and self.action in (None, row.action) and self.who in (None, row.who)
 
 
 class AuditPage(Answer, frozen=True):

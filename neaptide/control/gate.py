@@ -12,7 +12,6 @@ import logging
 import re
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -24,7 +23,7 @@ from starlette.types import Scope
 from neaptide.clock import Clock
 from neaptide.control.admins import Admins
 from neaptide.control.audit import AuditLog, newest
-from neaptide.control.chain import AuditPage, AuditRow, Note, Outcome
+from neaptide.control.chain import AuditPage, AuditQuery, AuditRow, Note, Outcome
 from neaptide.control.guard import REQUEST, WHO, AdminError
 from neaptide.control.roles import NEEDS, NOBODY, Need, Who, may
 from neaptide.errors import NeaptideError, StorageError
@@ -75,9 +74,9 @@ class Access:
         await self._do(self._log.close)
         self._thread.shutdown(wait=False)
 
-    async def rows(self, limit: int, **where: float | str | None) -> AuditPage:
-        """Lines of the log, newest first; `where` as newest() takes it."""
-        return AuditPage(rows=await asyncio.to_thread(partial(newest, self._directory, limit, **where)))  # type: ignore[arg-type]
+    async def rows(self, query: AuditQuery) -> AuditPage:
+        """Lines of the log, newest first."""
+        return AuditPage(rows=await asyncio.to_thread(newest, self._directory, query))
 
     # -- routes ----------------------------------------------------------------------------------------------------
 
@@ -114,9 +113,11 @@ class Access:
         await self._do(self._log.begin, row)
         try:
             response = await endpoint(request)
-        except Exception as e:  # not a cancelled one: its outcome is unknown, as its intent will say
-            known = isinstance(e, NeaptideError)
-            await self._end(row, e.status if known else 500, e.code if known else "E999", request)
+        except NeaptideError as e:
+            await self._end(row, e.status, e.code, request)
+            raise
+        except Exception:  # not one that was cancelled: its outcome is unknown, as its intent will say
+            await self._end(row, 500, "E999", request)
             raise
         await self._end(row, response.status_code, "", request)
         return response

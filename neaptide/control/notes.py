@@ -67,7 +67,7 @@ def _fields(body: Any) -> str:
         return ""
     told = {}
     for field in msgspec.structs.fields(body):
-        value = getattr(body, field.encode_name)
+        value = getattr(body, field.name)
         if value != field.default:
             told[field.encode_name] = value
     return msgspec.json.encode(told).decode()
