@@ -47,7 +47,7 @@ from neaptide.control.port import (
     UsagePage,
     UsageTotals,
 )
-from neaptide.control.roles import NEEDS, AdminInfo, AdminList, CreatedAdmin, NewAdmin, Who
+from neaptide.control.roles import AdminInfo, AdminList, CreatedAdmin, NewAdmin, Who, need_of
 from neaptide.errors import NeaptideError
 
 T = TypeVar("T")
@@ -232,7 +232,7 @@ def build_app(
 
 
 def _endpoint(control: ControlPort, access: Access, op: Operation) -> Callable[[Request], Awaitable[Response]]:
-    changes = bool(NEEDS[op.method, f"/api/v1{op.path}"].action)
+    changes = bool(need_of(op.method, f"/api/v1{op.path}").action)
 
     async def endpoint(request: Request) -> Response:
         query, body, who = _query(request, op.query), await _body(request, op.body), request.scope[WHO]

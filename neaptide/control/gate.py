@@ -25,7 +25,7 @@ from neaptide.control.admins import Admins
 from neaptide.control.audit import AuditLog, newest
 from neaptide.control.chain import AuditPage, AuditQuery, AuditRow, Note, Outcome
 from neaptide.control.guard import REQUEST, WHO, AdminError
-from neaptide.control.roles import NEEDS, NOBODY, Need, Who, may
+from neaptide.control.roles import NOBODY, Need, Who, may, need_of
 from neaptide.errors import NeaptideError, StorageError
 from neaptide.fleet.state import StateDir
 
@@ -84,11 +84,7 @@ class Access:
         """The route behind its need. LookupError for one that is not in NEEDS."""
         if not isinstance(route, Route) or not route.methods:
             raise TypeError(f"{route} is no plain route: it cannot be guarded")
-        needs = {}
-        for method in route.methods - {"HEAD"}:
-            if (need := NEEDS.get((method, route.path))) is None:
-                raise LookupError(f"{method} {route.path} is not in NEEDS: say in control/roles.py who may use it")
-            needs[method] = need
+        needs = {method: need_of(method, route.path) for method in route.methods - {"HEAD"}}
         endpoint = route.endpoint
 
         async def gate(request: Request) -> Response:

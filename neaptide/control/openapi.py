@@ -17,7 +17,7 @@ import msgspec
 from neaptide import __version__
 from neaptide.control.admin import OPERATIONS, Operation
 from neaptide.control.inference import HEADERS, SERVICES, OpenAIErrorBody, Service
-from neaptide.control.roles import NEEDS
+from neaptide.control.roles import need_of
 
 REFS = "#/components/schemas/{name}"
 STATIC = Path(__file__).with_name("static")
@@ -75,7 +75,7 @@ def admin_document(base_url: str, language: str = "en") -> Json:
 def _admin_operation(op: Operation, refs: dict[Any, Json], schemas: Json, language: str) -> Json:
     parameters = [_path_parameter(name, language) for name in _placeholders(op.path)]
     parameters += _query_parameters(schemas[op.query.__name__], language)
-    need = NEEDS[op.method, f"/api/v1{op.path}"]
+    need = need_of(op.method, f"/api/v1{op.path}")
     out: Json = {"operationId": op.id, "summary": text(f"op.{op.id}", language)}
     out |= {"description": text(f"role.{need.least}", language), "security": [{"bearer": [need.least]}]}
     out |= {"parameters": parameters} if parameters else {}

@@ -76,6 +76,13 @@ NEEDS: Mapping[tuple[str, str], Need] = {
 }
 
 
+def need_of(method: str, path: str) -> Need:
+    """What NEEDS says of a route. LookupError for one that it does not know."""
+    if (need := NEEDS.get((method, path))) is None:
+        raise LookupError(f"{method} {path} is not in NEEDS: say in control/roles.py who may use it")
+    return need
+
+
 def may(role: Role | None, least: Role | None) -> bool:
     """Whether a role is enough."""
     return least is None or (role is not None and ROLES.index(role) >= ROLES.index(least))
