@@ -12,8 +12,10 @@ from pathlib import Path
 import msgspec
 import uvicorn
 
+from neaptide.clock import Clock, RealClock
 from neaptide.config import parse
 from neaptide.control.admin import build_app
+from neaptide.control.gate import Access
 from neaptide.control.port import (
     ApplyReport,
     BackupReport,
@@ -50,6 +52,7 @@ from neaptide.control.port import (
     UsageTotal,
     UsageTotals,
 )
+from neaptide.fleet.state import StateDir
 from neaptide.types import Choice, Override, Reason, Scale, Traits, Usage
 
 TOKEN = "t" * 64
@@ -207,13 +210,21 @@ class FakeControl:
         return DownReport(accepted=True, grace_s=grace_s)
 
 
+def access(state: Path, clock: Clock | None = None) -> Access:
+    """The tokens and the log of a state directory whose own token is TOKEN."""
+    found = StateDir(state)
+    found.create()
+    found.secret(found.admin_token, TOKEN)
+    return Access.open(found, clock or RealClock())
+
+
 @contextlib.contextmanager
 def admin_server(control: FakeControl) -> Iterator[str]:
     """The base URL of the real app on a free port; its state directory's files point to it."""
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
     control.admin_url = url
-    app = build_app(control, TOKEN)
+    app = build_app(control, access(control.state))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     thread.start()

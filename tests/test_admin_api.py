@@ -14,9 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from neaptide.control.admin import MAX_BODY, OPERATIONS, build_app
+from neaptide.clock import RealClock
+from neaptide.control.admin import OPERATIONS
+from neaptide.control.admins import Admins
+from neaptide.control.guard import MAX_BODY
 from neaptide.control.port import Status
-from neaptide.errors import StorageError
+from neaptide.errors import ConfigError, StorageError
+from neaptide.fleet.state import StateDir
 from tests.admin_fake import TOKEN, FakeControl, admin_server
 
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -56,7 +60,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
         yield Api(control, url)
 
 
-EVERY = [(op.method, f"/api/v1{op.path}".replace("{id}", "k1")) for op in OPERATIONS]
+EVERY = [(op.method, f"/api/v1{op.path}".replace("{id}", "k1").replace("{admin}", "adm_none")) for op in OPERATIONS]
 
 
 @pytest.mark.parametrize(("method", "path"), EVERY)
@@ -255,11 +259,11 @@ def test_a_defect_is_a_500_with_headers_and_without_a_traceback(api: Api) -> Non
     assert "Traceback" not in json.dumps(told)
 
 
-def test_a_short_token_is_refused_when_the_app_is_built(tmp_path: Path) -> None:
-    from starlette.testclient import TestClient
-
-    with pytest.raises(ValueError, match="fewer than 16"), TestClient(build_app(FakeControl(tmp_path), "short")):
-        pass
+def test_a_short_token_of_the_host_is_refused(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    state.secret(state.admin_token, "short")
+    with pytest.raises(ConfigError, match="fewer than 16"):
+        Admins(state, RealClock())
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

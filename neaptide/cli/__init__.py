@@ -33,6 +33,8 @@ VERBS = {
     "models": "neaptide.cli.models:models",
     "scale": "neaptide.cli.scale:scale",
     "keys": "neaptide.cli.keys:keys",
+    "admins": "neaptide.cli.admins:admins",
+    "audit": "neaptide.cli.audit:audit",
     "ca": "neaptide.cli.ca:ca",
     "usage": "neaptide.cli.usage:usage",
     "logs": "neaptide.cli.logs:logs",

@@ -230,7 +230,8 @@ def _state(state: StateDir) -> list[Check]:
         return [Check("state", "ok", f"{state.root} will be made")]
     if not os.access(state.root, os.W_OK | os.X_OK):
         return [Check("state", "fail", f"{state.root} is not writable", "run as its owner, or pass --state DIR")]
-    wide = [p for p in (state.root, state.key, state.admin_token, state.pepper) if p.exists() and _others(p)]
+    secrets = (state.root, state.key, state.admin_token, state.admins, state.pepper, state.audit)
+    wide = [p for p in secrets if p.exists() and _others(p)]
     if wide:
         fix = f"chmod go= {' '.join(str(p) for p in wide)}"
         return [Check("state", "fail", f"others may read {', '.join(str(p) for p in wide)}", fix)]
@@ -301,7 +302,7 @@ def _server(state: StateDir) -> list[Check]:
     if not state.up_json.exists():
         return [Check("server", "ok", "not running")]
     try:
-        seen = client.admin(state.root, timeout_s=10.0).call("GET", "status", Status)
+        seen = client.own(state.root, timeout_s=10.0).call("GET", "status", Status)
     except ConfigError as e:
         return [Check("server", "fail", e.what, e.fix)]
     except NeaptideError as e:

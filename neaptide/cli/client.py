@@ -25,6 +25,7 @@ from neaptide.tls.trust import why_untrusted
 MAX_ANSWER = 64 << 20  # bytes of one answer kept in memory
 MAX_LINE = 1 << 20  # bytes of one SSE line
 CONNECT_S = 5.0
+URL, TOKEN = "NEAPTIDE_ADMIN_URL", "NEAPTIDE_ADMIN_TOKEN"
 T = TypeVar("T")
 
 
@@ -114,7 +115,11 @@ class Admin:
 
     def raw(self, method: str, path: str, *, body: bytes | None = None, query: dict[str, Any] | None = None) -> bytes:
         given = {k: str(v) for k, v in (query or {}).items() if v is not None}
-        target = f"{self.endpoint.path}/api/v1/{path}" + (f"?{urlencode(given)}" if given else "")
+        return self.at(method, f"/api/v1/{path}" + (f"?{urlencode(given)}" if given else ""), body)
+
+    def at(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        """The answer of any path of the listener."""
+        target = f"{self.endpoint.path}{path}"
         status, _, answer = exchange(self.endpoint, method, target, self._headers, body, self.timeout_s)
         if status >= 400:
             raise refused(status, answer, self.endpoint)
@@ -135,7 +140,20 @@ def running(state: Path) -> UpFile:
 
 
 def admin(state: Path, timeout_s: float = 30.0) -> Admin:
-    """The admin API of what runs in `state`."""
+    """The admin API that the environment names, with its token; else of what runs in `state`, with the host's own.
+    ConfigError E106 for an address without a token: the host's own is no other host's business."""
+    url, token = os.environ.get(URL), os.environ.get(TOKEN)
+    if url and not token:
+        raise ConfigError(f"{URL} is set and {TOKEN} is not", code="E106", fix=f"export {TOKEN}, or unset {URL}")
+    if not token:
+        return own(state, timeout_s)
+    if url:
+        return Admin(url, token, timeout_s)
+    return Admin(running(state).admin, token, timeout_s, admin_leaf(state))
+
+
+def own(state: Path, timeout_s: float = 30.0) -> Admin:
+    """The admin API of what runs in `state`, with the host's own token."""
     return Admin(running(state).admin, secret_file(state / "admin-token"), timeout_s, admin_leaf(state))
 
 

@@ -19,14 +19,16 @@ from typing import NamedTuple
 import msgspec
 
 from neaptide import lifeline
-from neaptide.clock import wall_s
+from neaptide.clock import RealClock, wall_s
 from neaptide.config import ModelSettings, Settings, StoreSettings, parse
 from neaptide.control import answers, keep
-from neaptide.control.admin import Front, build_app
+from neaptide.control.admin import build_app
 from neaptide.control.books import Books
 from neaptide.control.decisions import DecisionJournal
 from neaptide.control.desired import deployment, difference, grouped, members, redacted, slow_part
+from neaptide.control.gate import Access
 from neaptide.control.gpus import GpuWatch
+from neaptide.control.guard import Front
 from neaptide.control.listen import AdminServer
 from neaptide.control.loop import Loop, in_flight
 from neaptide.control.port import (
@@ -145,6 +147,7 @@ class Control:
         try:
             await self._configure(self.settings)
             self.loop.resume(self.scaling.resume())
+            access = await asyncio.to_thread(Access.open, self.state, RealClock())
             loop = asyncio.create_task(self.loop.run())
             await opening
         except NeaptideError as e:
@@ -154,11 +157,11 @@ class Control:
         self._publish()
         keeping = asyncio.create_task(self.books.keep(self.local, self.spec.token))
         watching = asyncio.create_task(self.gpus.run())
-        await self._serve_admin((loop, keeping, watching))
+        await self._serve_admin(access, (loop, keeping, watching))
 
-    async def _serve_admin(self, tasks: tuple[asyncio.Task[None], ...]) -> None:
+    async def _serve_admin(self, access: Access, tasks: tuple[asyncio.Task[None], ...]) -> None:
         front = self._make_front(self) if self._make_front else None
-        app = build_app(self, self.state.secret(self.state.admin_token), _names(self.spec.admin_url), front=front)
+        app = build_app(self, access, _names(self.spec.admin_url), front=front)
         tasks = (*tasks, asyncio.create_task(front.run())) if front else tasks
         server = AdminServer(app, self.served)
         serving = asyncio.create_task(server.serve([socket.socket(fileno=self.spec.admin_fd)]))
@@ -173,6 +176,7 @@ class Control:
         await self.books.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(serving, 1.0)
+        await access.close()
 
     # -- what happens ------------------------------------------------------------------------------------------
 

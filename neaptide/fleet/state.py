@@ -3,6 +3,7 @@
 run/         sockets, lock, up.json, *.crt   journal/   one directory a gateway process
 ledger.db    usage, charges, keys            log/       access, decisions, one file a process
 config.json  the configuration in force      cache/     calibrations, downloads
+audit/       who changed what                admins.json  admin tokens, as hashes
 key, admin-token, pepper, epoch
 """
 
@@ -30,6 +31,7 @@ class StateDir:
         self.up_json, self.config_json = self.run / "up.json", self.root / "config.json"
         self.api_leaf, self.admin_leaf = self.run / "api.crt", self.run / "admin.crt"  # the certificates in force
         self.key, self.admin_token, self.pepper = self.root / "key", self.root / "admin-token", self.root / "pepper"
+        self.admins, self.audit = self.root / "admins.json", self.root / "audit"
 
     def create(self) -> None:
         try:
