@@ -16,7 +16,7 @@ from neaptide.table import ReplicaRow
 from neaptide.tls.settings import ReplicaTls
 from neaptide.tls.trust import Trust, towards, why_untrusted
 from tests.gateway_kit import FakeReplica, Running, chat, gateway, post, reply_by_body, run, table
-from tests.tls_kit import House
+from tests.tls_kit import House, environment
 
 
 def server(house: House, name: str = "replica", ask_clients: bool = False, **wish: Any) -> ssl.SSLContext:
@@ -71,12 +71,12 @@ def test_an_answer_and_a_stream_come_over_connections_that_are_kept(tmp_path: Pa
     run(main())
 
 
-def test_the_systems_store_counts_where_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_systems_store_counts_where_nothing_is_said(tmp_path: Path) -> None:
     house = House(tmp_path)
-    monkeypatch.setenv("SSL_CERT_FILE", house.ca)
-    assert asked(server(house), None)[0] == 200
-    monkeypatch.setenv("SSL_CERT_FILE", House(tmp_path / "other").ca)
-    status, code, message = asked(server(house, "again"), None)
+    with environment(SSL_CERT_FILE=house.ca):
+        assert asked(server(house), None)[0] == 200
+    with environment(SSL_CERT_FILE=House(tmp_path / "other").ca):
+        status, code, message = asked(server(house, "again"), None)
     assert (status, code) == (502, "replica_tls")
     assert "nobody we trust" in message
 

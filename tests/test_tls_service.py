@@ -8,11 +8,9 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from neaptide.clock import mono_s
 from tests.conftest import ECHO, Service, neaptide
-from tests.tls_kit import House
+from tests.tls_kit import House, environment
 
 RENEWED_S = 30.0  # files are looked at every 2 s; the rest is for a busy machine
 
@@ -24,7 +22,7 @@ def certificates(service: Service) -> dict[str, float]:
 
 
 def test_a_service_in_tls_answers_its_own_verbs_and_takes_up_a_new_certificate(
-    serve: Callable[..., Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., Service], tmp_path: Path
 ) -> None:
     # Given listeners in TLS, the admin's for clients with a certificate alone,
     house = House(tmp_path / "ca", days_ago=1)
@@ -36,16 +34,15 @@ def test_a_service_in_tls_answers_its_own_verbs_and_takes_up_a_new_certificate(
     # when it is asked by the verbs of its host,
     assert service.run("chat", "hello", "--max-tokens", "4").stdout.strip()
     assert service.run("status", check=False).returncode == 3
-    monkeypatch.setenv("NEAPTIDE_CLIENT_CERT", me.cert)
-    monkeypatch.setenv("NEAPTIDE_CLIENT_KEY", me.key)
-    before = certificates(service)
-    assert set(before) == {"admin", "gateway-0"}
-    assert service.run("dashboard").stdout.startswith("https://")
-    # and the pair is renewed, then both listeners take it up, and nothing was restarted.
-    house.issue("gateway", renew=True)
-    end_s = mono_s() + RENEWED_S
-    while not all(until > before[name] for name, until in certificates(service).items()):
-        assert mono_s() < end_s
+    with environment(NEAPTIDE_CLIENT_CERT=me.cert, NEAPTIDE_CLIENT_KEY=me.key):
+        before = certificates(service)
+        assert set(before) == {"admin", "gateway-0"}
+        assert service.run("dashboard").stdout.startswith("https://")
+        # and the pair is renewed, then both listeners take it up, and nothing was restarted.
+        house.issue("gateway", renew=True)
+        end_s = mono_s() + RENEWED_S
+        while not all(until > before[name] for name, until in certificates(service).items()):
+            assert mono_s() < end_s
     assert "listen: new connections get the certificate CN=gateway" in (service.state / "log/gateway-0.log").read_text()
     page = urllib.request.urlopen(service.api.removesuffix("/v1") + "/metrics", context=house.client(), timeout=10)
     (left,) = re.findall(r"^neaptide_tls_certificate_days_left (\S+)$", page.read().decode(), re.M)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,21 @@ from neaptide.tls.settings import ListenTls
 
 DAY_S = 86_400.0
 HOST = {"dns": ("localhost",), "ips": ("127.0.0.1",), "server": True}
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """These variables, for this process and the ones it starts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class House:
