@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,11 +51,15 @@ class Batch(NamedTuple):
     damage: list[Damage]
 
 
-class Intake:
-    """Pulls all journals under `root` (state/journal). One thread's."""
+Told = Callable[[str, Mapping[str, int]], None]  # journal; what its requests have paid, by budget
 
-    def __init__(self, ledger: Ledger, root: Path, clock: Clock) -> None:
-        self._ledger, self._root, self._clock = ledger, root, clock
+
+class Intake:
+    """Pulls all journals under `root` (state/journal). One thread's. `told` hears of every batch that paid from budgets
+    once it is in the ledger, whatever happens to the pull after it."""
+
+    def __init__(self, ledger: Ledger, root: Path, clock: Clock, told: Told | None = None) -> None:
+        self._ledger, self._root, self._clock, self._told = ledger, root, clock, told
         self._at: dict[str, Position] = {}  # as in the ledger; spares a query a journal a pull
         self._drained: dict[str, int] = {}  # journals of dead gateways, taken to the end: their last segment
 
@@ -96,6 +100,10 @@ class Intake:
         self._pull_all()
         begins = self._ledger.open_begins(journal)
         return self._ledger.close_begins(journal, [lost(b, tally.get(b.request_id)) for b in begins])
+
+    def is_closed(self, journal: str) -> bool:
+        """Its gateway is dead, all that it wrote is taken, and nothing that it began is open."""
+        return self._is_over(journal) and not self._ledger.open_begins(journal)
 
     def remove_taken(self, retention_days: float) -> int:
         """Deletes segments that are taken and were last written longer ago; a dead journal's directory goes with its
@@ -147,6 +155,8 @@ class Intake:
                 log.error("journal %s, segment %d, bytes %d to %d are no records: %s", journal, number, *gap)
             taken = self._ledger.take(journal, number, part.records, part.offset)
             self._at[journal] = Position(number, part.offset)
+            if taken.paid and self._told is not None:
+                self._told(journal, taken.paid)
             yield Batch(taken, len(part.records), [Damage(journal, number, gap) for gap in part.gaps])
             offset = part.offset
             if part.done:
@@ -170,7 +180,8 @@ class Intake:
 
 
 def lost(begin: Begin, tally: TallyRow | None) -> Usage:
-    """The row of a request whose gateway died: what was known at dispatch, and what its replica counted."""
+    """The row of a request whose gateway died: what was known at dispatch, and what its replica counted. It is not
+    charged, so it pays nothing: what it had reserved is free again with the rest of its gateway's lease."""
     counted = tally or TallyRow(done=False)
     return Usage(
         request_id=begin.request_id,
