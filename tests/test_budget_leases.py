@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from neaptide.control.treasury import ENDLESS, PATIENCE_S, Fund, Grant, Loan, Message, Recall, Treasury
-from neaptide.gateway.purse import Ask, Purse, Verdict
-from neaptide.table import Held, Want
+from neaptide.gateway.purse import Purse, Verdict
+from neaptide.table import Ask, Held, Want
 
 
 class Door:

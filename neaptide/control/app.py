@@ -32,6 +32,8 @@ from neaptide.control.loop import Loop, in_flight
 from neaptide.control.port import (
     ApplyReport,
     BackupReport,
+    BudgetRow,
+    Budgets,
     Choices,
     ConfigView,
     CreatedKey,
@@ -41,6 +43,7 @@ from neaptide.control.port import (
     KeyInfo,
     Keys,
     Models,
+    NewBudget,
     NewKey,
     NewOverride,
     ScaleRow,
@@ -97,7 +100,8 @@ class Control:
         self._reports: set[asyncio.Task[None]] = set()
         self._event_loop = asyncio.get_running_loop()
         self.supervisor = Client(self._event, self._orphaned)
-        self.publisher = Publisher(spec.token, self._on_gauges)
+        self.books = Books(self.state, self.settings)
+        self.publisher = Publisher(spec.token, self._on_gauges, self.books.lender)
         self.local = LocalDriver(
             self.supervisor,
             self.state,
@@ -123,7 +127,6 @@ class Control:
             spares=lambda: self.settings.spares,
             keep=self.scaling.keep,
         )
-        self.books = Books(self.state, self.settings)
         self.ending = asyncio.Event()
 
     # -- life --------------------------------------------------------------------------------------------------
@@ -151,7 +154,8 @@ class Control:
         self._publish()
         keeping = asyncio.create_task(self.books.keep(self.local, self.spec.token))
         watching = asyncio.create_task(self.gpus.run())
-        await self._serve_admin((loop, keeping, watching))
+        lending = asyncio.create_task(self.books.lender.run())
+        await self._serve_admin((loop, keeping, watching, lending))
 
     async def _serve_admin(self, tasks: tuple[asyncio.Task[None], ...]) -> None:
         front = self._make_front(self) if self._make_front else None
@@ -253,7 +257,8 @@ class Control:
         keys = self.books.keys
         if keys is None:
             return  # the ledger is still opening; gateways keep what they have
-        slow = slow_part(self.settings, self.deployments, keys, self.failing, self.created_s)
+        keys = self.books.lender.rows(keys, wall_s())
+        slow = slow_part(self.settings, self.deployments, keys, self.failing, self.created_s, self.books.prices)
         self.publisher.replace(Fast(replicas=self.loop.rows()), slow)
 
     def _check_ready(self) -> None:
@@ -398,6 +403,19 @@ class Control:
         revoked = await self.books.revoke_key(key_id)
         self._publish()
         return revoked
+
+    async def budgets(self) -> Budgets:
+        return await self.books.list_budgets()
+
+    async def set_budget(self, new: NewBudget) -> BudgetRow:
+        row = await self.books.set_budget(new)
+        self._publish()
+        return row
+
+    async def remove_budget(self, budget_id: str) -> BudgetRow:
+        row = await self.books.remove_budget(budget_id)
+        self._publish()
+        return row
 
     async def usage(self, where: UsageFilter, cursor: str | None, limit: int) -> UsagePage:
         return await self.books.usage(where, cursor, limit)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,15 +51,11 @@ class Batch(NamedTuple):
     damage: list[Damage]
 
 
-Told = Callable[[str, Mapping[str, int]], None]  # journal; what its requests have paid, by budget
-
-
 class Intake:
-    """Pulls all journals under `root` (state/journal). One thread's. `told` hears of every batch that paid from budgets
-    once it is in the ledger, whatever happens to the pull after it."""
+    """Pulls all journals under `root` (state/journal). One thread's."""
 
-    def __init__(self, ledger: Ledger, root: Path, clock: Clock, told: Told | None = None) -> None:
-        self._ledger, self._root, self._clock, self._told = ledger, root, clock, told
+    def __init__(self, ledger: Ledger, root: Path, clock: Clock) -> None:
+        self._ledger, self._root, self._clock = ledger, root, clock
         self._at: dict[str, Position] = {}  # as in the ledger; spares a query a journal a pull
         self._drained: dict[str, int] = {}  # journals of dead gateways, taken to the end: their last segment
 
@@ -155,8 +151,6 @@ class Intake:
                 log.error("journal %s, segment %d, bytes %d to %d are no records: %s", journal, number, *gap)
             taken = self._ledger.take(journal, number, part.records, part.offset)
             self._at[journal] = Position(number, part.offset)
-            if taken.paid and self._told is not None:
-                self._told(journal, taken.paid)
             yield Batch(taken, len(part.records), [Damage(journal, number, gap) for gap in part.gaps])
             offset = part.offset
             if part.done:

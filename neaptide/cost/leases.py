@@ -107,9 +107,7 @@ class Leases:
             connection.execute(schema.leases.delete().where(renews > 0, renews < before_wall_s))
 
 
-def spend(
-    database: Database, connection: sa.Connection, gateway: str, usages: Iterable[Usage]
-) -> Mapping[str, int]:
+def spend(database: Database, connection: sa.Connection, gateway: str, usages: Iterable[Usage]) -> Mapping[str, int]:
     """Counts what these rows of a gateway say they paid as spent, in the transaction that adds them; how much, by
     budget."""
     paid: dict[str, int] = {}

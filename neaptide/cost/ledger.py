@@ -6,7 +6,7 @@ The journal's position stands in the same transaction as its rows: whatever is r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,18 +37,20 @@ class Position(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What a batch added. A batch that had been taken before adds nothing. `paid`: by budget, also where it is 0."""
+    """What a batch added. A batch that had been taken before adds nothing."""
 
     rows: int
     begins: int
-    paid: Mapping[str, int] = {}
 
 
 class Ledger:
-    """Open with open_ledger(). Every method raises StorageError when the database fails; nothing is half done then."""
+    """Open with open_ledger(). Every method raises StorageError when the database fails; nothing is half done then.
+
+    `on_paid(journal, by budget)`: once what a batch's requests paid from budgets is in the database."""
 
     def __init__(self, database: Database, clock: Clock) -> None:
         self.database, self._clock = database, clock
+        self.on_paid: Callable[[str, Mapping[str, int]], None] | None = None
         self.prices = PriceBook(())
         with database.read() as connection:
             self.prices = _price_book(connection)
@@ -75,7 +77,9 @@ class Ledger:
                 .where(schema.journal_offsets.c.journal == journal)
                 .values(segment=segment, offset=offset, updated_s=self._clock.wall_s())
             )
-        return Taken(len(added), len(begins), paid)
+        if paid and self.on_paid is not None:
+            self.on_paid(journal, paid)
+        return Taken(len(added), len(begins))
 
     def position(self, journal: str) -> Position:
         """Where to go on reading; (0, 0) for a journal never seen."""

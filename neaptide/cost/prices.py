@@ -73,8 +73,8 @@ def _rate(model: str, price: Price) -> Rate:
 
 
 def nanos(value: float | str) -> int | None:
-    """Exactly, in nano-units; None for what is negative, finer than that, or no number. `repr` of a float is the decimal
-    that was written in the file; the float itself is only near it."""
+    """Exactly, in nano-units; None for what is negative, finer than that, or no number. `repr` of a float is the
+    decimal that was written in the file; the float itself is only near it."""
     try:
         exact = Decimal(value if isinstance(value, str) else repr(value)) * NANOS
     except InvalidOperation:

@@ -189,8 +189,8 @@ budgets = Table(
     sqlite_with_rowid=False,
 )
 
-# By a budget's name, which says the period. What dead gateways have spent is one row, of no gateway. `spent` is added to
-# in the transaction that takes the rows which say so, and by nobody else.
+# By a budget's name, which says the period. What dead gateways have spent is one row, of no gateway. `spent` is added
+# to in the transaction that takes the rows which say so, and by nobody else.
 leases = Table(
     "leases",
     metadata,

@@ -56,7 +56,9 @@ class Gateway:
         self.routes = Routes(self.door, spec.version or __version__)
         self.server = self.routes.server = Server(self.routes, Table().slow.limits, Table().slow.cors)
         self._hello = Hello(token=spec.token, role="gateway", name=spec.id, epoch=spec.epoch)
-        self.follower = Follower(spec.control_path, Path(spec.table_path), self._hello, self.install, self._gauges)
+        self.follower = Follower(
+            spec.control_path, Path(spec.table_path), self._hello, self.install, self._gauges, self.door.till
+        )
         self.door.on_starving = self.follower.starving
         self._stop = asyncio.Event()
         self._sweeps = 0

@@ -11,18 +11,11 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
-from neaptide.table import Held, Want
+from neaptide.table import Ask, Held, Want
 
 T = TypeVar("T")
 Needs = Mapping[str, int]  # by budget; nano-units or tokens
 BUDGETS_AN_ASK = 1000  # a frame is 1 MiB
-
-
-class Ask(NamedTuple):
-    """To control."""
-
-    number: int
-    wants: dict[str, Want]  # by budget
 
 
 class Verdict(NamedTuple, Generic[T]):
@@ -59,6 +52,11 @@ class Purse(Generic[T]):
     def __len__(self) -> int:
         """Who waits."""
         return len(self._waiting)
+
+    @property
+    def budgets(self) -> int:
+        """Of which there is or was a lease."""
+        return len(self._leases)
 
     def left(self, budget: str) -> int:
         lease = self._leases.get(budget)
