@@ -33,6 +33,7 @@ VERBS = {
     "models": "neaptide.cli.models:models",
     "scale": "neaptide.cli.scale:scale",
     "keys": "neaptide.cli.keys:keys",
+    "budgets": "neaptide.cli.budgets:budgets",
     "usage": "neaptide.cli.usage:usage",
     "logs": "neaptide.cli.logs:logs",
     "simulate": "neaptide.cli.simulate:simulate",

@@ -1,8 +1,8 @@
 """Joins the treasury to what is outside of it: gateways' connections, the ledger, and the budgets that are set.
 
 Everything here runs on control's loop. What the treasury answers waits in one line: what is lent is stored first, in
-one transaction for all that waits, then all is sent in its order. A gateway is known by its run (its journal's name), and
-heard on its newest connection only.
+one transaction for all that waits, then all is sent in its order. A gateway is known by its run (its journal's name),
+and heard on its newest connection only.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def check(budget: Budget) -> None:
     kind, _, name = budget.scope.partition(":")
     tenant, _, project = name.partition("/")
     whole = budget.scope == "all" or (kind in KINDS and name and (kind != "project" or (tenant and project)))
-    if not whole or not budget.scope.isprintable() or len(budget.scope.encode()) > SCOPE_BYTES:
+    if not whole or not budget.scope.isprintable() or len(msgspec.json.encode(budget.scope)) > SCOPE_BYTES + 2:
         raise RequestError(
             400,
             f"{budget.scope[:SCOPE_BYTES]!r} is not the scope of a budget.",
