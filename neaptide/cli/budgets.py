@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from urllib.parse import quote
-
 import click
 import msgspec
 
@@ -68,7 +66,7 @@ def set_budget(
 @click.argument("budget_id", metavar="ID")
 @common
 def remove(session: Session, budget_id: str) -> None:
-    gone = client.admin(session.state).call("DELETE", f"budgets?id={quote(budget_id, safe='')}", BudgetRow)
+    gone = client.admin(session.state).call("DELETE", "budgets", BudgetRow, query={"id": budget_id})
     if session.as_json:
         session.encoded(gone)
     else:
