@@ -146,6 +146,7 @@ def test_what_is_no_budget_is_refused_with_what_to_write(service: Service) -> No
     for wrong, said in (
         (("team:a", "--money", "1"), "tenant:NAME"),
         (("all", "--money", "-1"), "nine decimals"),
+        (("key:nobody", "--money", "1"), "neaptide keys list"),
         (("all",), "--money"),
     ):
         done = service.run("budgets", "set", *wrong, check=False)

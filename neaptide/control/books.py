@@ -202,6 +202,11 @@ class Books:
             raise RequestError(400, f"{new.amount} is not an amount of {new.unit}.", param="amount", fix=fix)
         budget = Budget(scope=new.scope, unit=new.unit, period=new.period, amount=amount, strict=new.strict)
         check(budget)
+        kind, _, name = budget.scope.partition(":")
+        if kind == "key" and not any(key.id == name for key in self.keys or ()):
+            raise RequestError(
+                400, f"There is no key {name!r}.", param="scope", fix="`neaptide keys list` has their ids."
+            )
         await self._call(partial(self._set_budget, budget))
         return self._shown(budget)
 

@@ -52,12 +52,15 @@ class Till:
         self._purse: Purse[Exchange] = Purse()
         self._paying: dict[Exchange, Bill] = {}  # who waits, in the order of coming
         self._slow = Slow()
+        self._in_force: frozenset[str] | None = None  # every budget that a key of the table is under, once looked for
         self._say: Say | None = None
         self._connections = 0
         self._scheduled = False
         self._looked_s = 0.0  # for a surplus
 
     def install(self, slow: Slow) -> None:
+        if slow.version != self._slow.version:
+            self._in_force = None
         self._slow = slow
 
     # --- requests
@@ -180,7 +183,9 @@ class Till:
             return
         for budget, amount in self._purse.surplus().items():
             self._say(RETURN, Returned(budget, amount))
-        self._purse.forget({budget for key in self._slow.keys for budget in key.budgets})
+        if self._in_force is None:
+            self._in_force = frozenset(budget for key in self._slow.keys for budget in key.budgets)
+        self._purse.forget(self._in_force)
 
 
 def exceeded(budget: str, now_wall_s: float) -> RequestError:
