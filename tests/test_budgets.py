@@ -38,7 +38,8 @@ DAY_S = 1_795_312_800.0  # 2026-11-22T02:00:00Z
 
 
 def budget(scope: str = "tenant:acme", **fields: Any) -> Budget:
-    return Budget(**{"scope": scope, "unit": "money", "period": "month", "amount": 100, **fields})
+    usual: dict[str, Any] = {"unit": "money", "period": "month", "amount": 100}
+    return Budget(scope=scope, **{**usual, **fields})
 
 
 # --- names
@@ -417,7 +418,7 @@ def test_a_row_is_charged_by_the_prices_that_its_gateway_counted_with(tmp_path: 
     clock.advance(10)
     ledger.set_prices({"m": Rate(0, 0, 5 * 10**6)}, "CNY")
     clock.advance(10)
-    late = {"model": "m", "output_tokens": 3, "started_wall_s": clock.wall_s()}
+    late: dict[str, Any] = {"model": "m", "output_tokens": 3, "started_wall_s": clock.wall_s()}
     rows = [Usage(request_id="r1", price_version=first, **late), Usage(request_id="r2", **late)]
     ledger.take("g-1", 1, [Located(i * 10, i * 10 + 10, row) for i, row in enumerate(rows)], 20)
     assert {r.usage.request_id: r.amount_nanos for r in ledger.usage().receipts} == {"r1": 3, "r2": 15}
