@@ -175,21 +175,30 @@ class Lender:
             self._wake.set()
 
     async def _flush(self) -> None:
-        """What is lent, into the ledger; then everything to the gateways."""
+        """What is lent, into the ledger; then everything to the gateways. What lends nothing does not wait for the
+        ledger."""
         line, self._line = self._line, []
+        lends = any(isinstance(message, Grant) and message.amounts for _, message in line)
+        if (lends or not line) and not await self._keep():
+            self._line[:0] = line
+            return
+        for gateway, message in line:
+            if self._is_newest(gateway) and not gateway.writer.is_closing():
+                gateway.writer.write(_frame(message))
+
+    async def _keep(self) -> bool:
+        """Whether all counts that changed are stored: nobody may spend what a restart would not know of."""
         changed, self._changed = self._changed, set()
         leases = [lease for place in changed if (lease := self._lease(*place)) is not None]
         try:
             if leases:
                 await self._store(leases)
-        except StorageError as e:  # nobody may spend what a restart would not know of
-            self._line[:0], self._changed = line, self._changed | changed
+        except StorageError as e:
+            self._changed |= changed
             log.warning("leases cannot be stored, so none is given: %s", e)
             await asyncio.sleep(RETRY_S)
-            return
-        for gateway, message in line:
-            if self._is_newest(gateway) and not gateway.writer.is_closing():
-                gateway.writer.write(_frame(message))
+            return False
+        return True
 
     def _lease(self, budget: str, gateway: str) -> Lease | None:
         fund = self.treasury.funds.get(budget)
