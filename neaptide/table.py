@@ -10,6 +10,14 @@ gateway persists what it holds (0600) and starts from it while control is away.
     TABLE   control   JSON Delta; `base_*` equal to what the gateway holds, or whole=True
     GAUGES  gateway   JSON Gauges, every 250 ms and at once when a request starts to wait with no ready replica
     WAKE    control   reserved
+
+Of budgets (docs/decisions/0039-budgets-in-leases.md), each in the order of sending:
+
+    LEASES  gateway   JSON Leases, whole, right after control's HELLO: nothing else of these is heard before
+    ASK     gateway   JSON Ask; GRANT answers it
+    GRANT   control   JSON Granted
+    RECALL  control   JSON Recalled; RETURN answers it
+    RETURN  gateway   JSON Returned; without a RECALL, too
 """
 
 from __future__ import annotations
@@ -20,6 +28,7 @@ from typing import NamedTuple
 import msgspec
 
 from neaptide.tls.settings import ReplicaTls
+from neaptide.types import Rate
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,6 +89,16 @@ class KeyRow(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...] = ()  # empty: all
     inside: bool = False  # its requests never go to a replica that is outside
     disabled: bool = False
+    budgets: tuple[str, ...] = ()  # that its requests are paid from, by their names in this period
+    strict: bool = False  # they reserve all of the max_tokens that they ask for
+
+
+class Prices(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the deployments that have one."""
+
+    version: int = 0
+    currency: str = ""
+    rates: dict[str, Rate] = {}  # by deployment
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -104,6 +123,7 @@ class Slow(msgspec.Struct, frozen=True, kw_only=True):
     cors: Cors = Cors()
     auth: bool = True  # false only where the config says `auth: off`
     weights: dict[str, float] = {}  # by tenant; 1 where none is given
+    prices: Prices = Prices()
 
 
 class Fast(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,6 +153,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cors: Cors | None = None
     auth: bool | None = None
     weights: dict[str, float] | None = None
+    prices: Prices | None = None
 
 
 class ModelGauge(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -176,6 +197,45 @@ class CertificateGauge(msgspec.Struct, frozen=True, kw_only=True):
     refused: str = ""  # why a newer one, which lies in its files, is not in force
 
 
+class Leases(NamedTuple):
+    """What a gateway holds, by its own account."""
+
+    connection: int  # of this gateway, counted by it: what an older one still holds is not heard
+    held: dict[str, Held]  # by budget
+    more: bool = False  # another part follows
+
+
+class Ask(NamedTuple):
+    """To control."""
+
+    number: int
+    wants: dict[str, Want]  # by budget
+
+
+class Granted(NamedTuple):
+    """To a gateway, of one Ask."""
+
+    number: int
+    amounts: dict[str, int]  # by budget
+    exhausted: tuple[str, ...]  # budgets that have no more than this
+    unknown: bool = False  # control does not know yet
+
+
+class Recalled(NamedTuple):
+    """To a gateway: give back what is not reserved of this budget."""
+
+    budget: str
+    round: int
+
+
+class Returned(NamedTuple):
+    """A gateway gives back; `round`: of the RECALL that it answers, 0 of none."""
+
+    budget: str
+    amount: int
+    round: int = 0
+
+
 class Gauges(msgspec.Struct, frozen=True, kw_only=True):
     gateway: str
     mono_s: float
@@ -209,6 +269,7 @@ def difference(old: Table, new: Table) -> Delta:
         cors=new.slow.cors if new.slow.cors != old.slow.cors else None,
         auth=new.slow.auth if new.slow.auth != old.slow.auth else None,
         weights=new.slow.weights if new.slow.weights != old.slow.weights else None,
+        prices=new.slow.prices if new.slow.prices != old.slow.prices else None,
     )
 
 
@@ -226,6 +287,7 @@ def whole(table: Table) -> Delta:
         cors=slow.cors,
         auth=slow.auth,
         weights=slow.weights,
+        prices=slow.prices,
     )
 
 
@@ -248,11 +310,12 @@ def apply(table: Table, delta: Delta) -> Table | None:
         cors=delta.cors or old.cors,
         auth=old.auth if delta.auth is None else delta.auth,
         weights=old.weights if delta.weights is None else delta.weights,
+        prices=delta.prices or old.prices,
     )
     return Table(fast=Fast(version=delta.fast, replicas=tuple(replicas.values())), slow=slow)
 
 
-KEYS_A_FRAME = 2_000  # a key row is at most a few hundred bytes: a frame stays far below its limit
+KEYS_A_FRAME = 1_000  # a key row is some hundred bytes, its budgets included: a frame stays below its limit
 
 
 def parts(delta: Delta) -> list[Delta]:

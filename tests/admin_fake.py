@@ -19,6 +19,8 @@ from neaptide.control.gate import Access
 from neaptide.control.port import (
     ApplyReport,
     BackupReport,
+    BudgetRow,
+    Budgets,
     Change,
     ChoiceRow,
     Choices,
@@ -35,6 +37,7 @@ from neaptide.control.port import (
     Keys,
     LedgerStatus,
     Models,
+    NewBudget,
     NewKey,
     NewOverride,
     NotFoundError,
@@ -66,6 +69,7 @@ class FakeControl:
         self.text = "models: {guide: {}}\n"
         self.prices: dict[str, dict[str, float | None]] = {"guide": {"prompt": 1.0, "cached": 0.5, "output": 2.0}}
         self.held = [KeyInfo(id="k1", name="default", tail="abcd", created_wall_s=1_760_000_000.0)]
+        self.budgets_set: dict[str, BudgetRow] = {}
         self.asked: list[object] = []
         self.broken: Exception | None = None
         self.override: Override | None = None
@@ -187,6 +191,25 @@ class FakeControl:
                 self.held[i] = msgspec.structs.replace(info, disabled=True)
                 return self.held[i]
         raise NotFoundError(f"no key {key_id!r}", fix="neaptide keys list")
+
+    async def budgets(self) -> Budgets:
+        return Budgets(currency="CNY", rows=tuple(self.budgets_set.values()))
+
+    async def set_budget(self, new: NewBudget) -> BudgetRow:
+        self.asked.append(new)
+        id = f"{new.scope}:{new.unit}:{new.period}"
+        amount = int(new.amount * (10**9 if new.unit == "money" else 1))
+        row = BudgetRow(
+            id=id, name=id, scope=new.scope, unit=new.unit, period=new.period, amount=amount, strict=new.strict,
+            spent=amount // 4, lent=amount // 10, left=amount - amount // 4, renews_wall_s=1_790_000_000.0,
+        )  # fmt: skip
+        self.budgets_set[id] = row
+        return row
+
+    async def remove_budget(self, budget_id: str) -> BudgetRow:
+        if budget_id not in self.budgets_set:
+            raise NotFoundError(f"no budget {budget_id!r}", fix="neaptide budgets list")
+        return self.budgets_set.pop(budget_id)
 
     async def usage(self, where: UsageFilter, cursor: str | None, limit: int) -> UsagePage:
         self.asked.append((where, cursor, limit))

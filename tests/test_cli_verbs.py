@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from neaptide.control.port import NewKey, UsageFilter
+from neaptide.control.port import NewBudget, NewKey, UsageFilter
 from neaptide.errors import StorageError
 from tests.admin_fake import FakeControl, admin_server, write_state
 from tests.cli_run import cli, environment
@@ -132,6 +132,27 @@ def test_keys_revoke_disables_it(control: FakeControl) -> None:
 def test_an_unknown_key_fails_with_1(control: FakeControl) -> None:
     done = ask(control, "keys", "revoke", "k 9")
     assert (done.returncode, "error[E601]: no key 'k 9'" in done.stderr) == (1, True)
+
+
+def test_budgets_are_set_listed_and_removed(control: FakeControl) -> None:
+    assert ask(control, "budgets", "set", "tenant:acme", "--money", "12.5").stdout == "set tenant:acme:money:month\n"
+    ask(control, "budgets", "set", "project:a/b", "--tokens", "1000", "--period", "day", "--strict")
+    asked = [NewBudget(scope="tenant:acme", unit="money", amount=12.5)]
+    asked += [NewBudget(scope="project:a/b", unit="tokens", amount=1000, period="day", strict=True)]
+    assert control.asked == asked
+    lines = ask(control, "budgets", "list").stdout.splitlines()
+    assert lines[1].split()[:7] == ["tenant:acme:money:month", "CNY", "12.50", "CNY", "3.125", "CNY", "1.25"]
+    assert lines[2].split()[:5] == ["project:a/b:tokens:day", "1,000", "250", "100", "750"]
+    assert "removed project:a/b:tokens:day" in ask(control, "budgets", "remove", "project:a/b:tokens:day").stdout
+    gone = ask(control, "budgets", "remove", "project:a/b:tokens:day")
+    assert (gone.returncode, "error[E601]" in gone.stderr) == (1, True)
+
+
+def test_a_budget_is_of_money_or_of_tokens(control: FakeControl) -> None:
+    for amounts in ((), ("--money", "1", "--tokens", "1")):
+        done = ask(control, "budgets", "set", "all", *amounts)
+        assert (done.returncode, "--money or --tokens" in done.stderr) == (2, True)
+    assert not control.asked
 
 
 def test_usage_totals_and_their_filter(control: FakeControl) -> None:

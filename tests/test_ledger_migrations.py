@@ -123,6 +123,24 @@ def test_a_step_that_fails_leaves_the_ledger_as_it_was(older: Path) -> None:
     open_ledger("", state, CLOCK).close()
 
 
+def test_a_ledger_of_the_first_schema_keeps_its_rows_through_the_steps_after_it(tmp_path: Path) -> None:
+    steps = tmp_path / "migrations"
+    subprocess.run(["cp", "-r", str(migrate.HERE), str(steps)], check=True)
+    for path in steps.glob("versions/000[2-9]_*.py"):
+        path.unlink()
+    database = connect("", tmp_path / "ledger.db")
+    migrate.upgrade(database, CLOCK.wall_s(), steps=steps)
+    with database.write() as connection:
+        columns = [c for c in schema.usage.columns if c.name != "paid"]
+        values = {c.name: c.type.python_type() for c in columns} | {"request_id": "r1", "attempts": "[]"}
+        connection.execute(sa.insert(schema.usage).values(values))
+    database.close()
+    ledger = open_ledger("", tmp_path, CLOCK)
+    (receipt,) = ledger.usage().receipts
+    assert (receipt.usage.request_id, receipt.usage.paid) == ("r1", ())
+    ledger.close()
+
+
 def test_a_copy_that_finds_no_room_leaves_no_half_file_and_stops_the_migration(tmp_path: Path) -> None:
     open_ledger("", tmp_path, CLOCK).close()
     target = tmp_path / "gone" / "copy.db"

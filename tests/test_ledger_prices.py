@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neaptide.config import Price
-from neaptide.cost.meter import CHARGED, MAX_CHARGE_NANOS, allocate, charge
+from neaptide.cost.meter import allocate, charge
 from neaptide.cost.prices import NO_PRICES, PriceBook, PriceList, Rate, rates
+from neaptide.cost.rate import CHARGED, MAX_CHARGE_NANOS
 from neaptide.errors import ConfigError
 from neaptide.types import Usage
 

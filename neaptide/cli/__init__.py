@@ -33,6 +33,7 @@ VERBS = {
     "models": "neaptide.cli.models:models",
     "scale": "neaptide.cli.scale:scale",
     "keys": "neaptide.cli.keys:keys",
+    "budgets": "neaptide.cli.budgets:budgets",
     "admins": "neaptide.cli.admins:admins",
     "audit": "neaptide.cli.audit:audit",
     "ca": "neaptide.cli.ca:ca",

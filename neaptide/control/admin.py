@@ -27,6 +27,8 @@ from neaptide.control.guard import WHO, AdminError, Front, Guard, answer, failur
 from neaptide.control.port import (
     ApplyReport,
     BackupReport,
+    BudgetRow,
+    Budgets,
     Choices,
     ConfigView,
     ControlPort,
@@ -37,6 +39,7 @@ from neaptide.control.port import (
     KeyInfo,
     Keys,
     Models,
+    NewBudget,
     NewKey,
     NewOverride,
     ScaleRow,
@@ -91,6 +94,10 @@ class ModelQuery(NoQuery, frozen=True, kw_only=True):
     model: str
 
 
+class BudgetQuery(NoQuery, frozen=True, kw_only=True):
+    id: str
+
+
 class ShadowsQuery(NoQuery, frozen=True, kw_only=True):
     model: str = ""  # "" = every model
     days: int = 1  # the last ones, 1 to 35
@@ -132,6 +139,9 @@ OPERATIONS = (
         "createKey", "POST", "/keys", CreatedKey, lambda a: a.port.create_key(a.body), NoQuery, NewKey, status=201
     ),
     Operation("revokeKey", "DELETE", "/keys/{id}", KeyInfo, lambda a: a.port.revoke_key(a.path["id"])),
+    Operation("listBudgets", "GET", "/budgets", Budgets, lambda a: a.port.budgets()),
+    Operation("setBudget", "POST", "/budgets", BudgetRow, lambda a: a.port.set_budget(a.body), NoQuery, NewBudget),
+    Operation("removeBudget", "DELETE", "/budgets", BudgetRow, lambda a: a.port.remove_budget(a.query.id), BudgetQuery),
     Operation("listUsage", "GET", "/usage", UsagePage, lambda a: _usage(a), UsageQuery),
     Operation(
         "getUsageTotals",

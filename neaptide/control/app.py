@@ -34,6 +34,8 @@ from neaptide.control.loop import Loop, in_flight
 from neaptide.control.port import (
     ApplyReport,
     BackupReport,
+    BudgetRow,
+    Budgets,
     Choices,
     ConfigView,
     CreatedKey,
@@ -43,6 +45,7 @@ from neaptide.control.port import (
     KeyInfo,
     Keys,
     Models,
+    NewBudget,
     NewKey,
     NewOverride,
     ScaleRow,
@@ -100,7 +103,8 @@ class Control:
         self._reports: set[asyncio.Task[None]] = set()
         self._event_loop = asyncio.get_running_loop()
         self.supervisor = Client(self._event, self._orphaned)
-        self.publisher = Publisher(spec.token, self._on_gauges)
+        self.books = Books(self.state, self.settings)
+        self.publisher = Publisher(spec.token, self._on_gauges, self.books.lender)
         self.local = LocalDriver(
             self.supervisor,
             self.state,
@@ -126,7 +130,6 @@ class Control:
             spares=lambda: self.settings.spares,
             keep=self.scaling.keep,
         )
-        self.books = Books(self.state, self.settings)
         tls = spec.admin_tls
         self.served = Served(tls, "admin.listen", str(self.state.admin_leaf)) if tls is not None else None
         self.ending = asyncio.Event()
@@ -157,7 +160,8 @@ class Control:
         self._publish()
         keeping = asyncio.create_task(self.books.keep(self.local, self.spec.token))
         watching = asyncio.create_task(self.gpus.run())
-        await self._serve_admin(access, (loop, keeping, watching))
+        lending = asyncio.create_task(self.books.lender.run())
+        await self._serve_admin(access, (loop, keeping, watching, lending))
 
     async def _serve_admin(self, access: Access, tasks: tuple[asyncio.Task[None], ...]) -> None:
         front = self._make_front(self) if self._make_front else None
@@ -258,7 +262,8 @@ class Control:
         keys = self.books.keys
         if keys is None:
             return  # the ledger is still opening; gateways keep what they have
-        slow = slow_part(self.settings, self.deployments, keys, self.failing, self.created_s)
+        keys = self.books.lender.rows(keys, wall_s())
+        slow = slow_part(self.settings, self.deployments, keys, self.failing, self.created_s, self.books.prices)
         self.publisher.replace(Fast(replicas=self.loop.rows()), slow)
 
     def _check_ready(self) -> None:
@@ -403,6 +408,19 @@ class Control:
         revoked = await self.books.revoke_key(key_id)
         self._publish()
         return revoked
+
+    async def budgets(self) -> Budgets:
+        return await self.books.list_budgets()
+
+    async def set_budget(self, new: NewBudget) -> BudgetRow:
+        row = await self.books.set_budget(new)
+        self._publish()
+        return row
+
+    async def remove_budget(self, budget_id: str) -> BudgetRow:
+        row = await self.books.remove_budget(budget_id)
+        self._publish()
+        return row
 
     async def usage(self, where: UsageFilter, cursor: str | None, limit: int) -> UsagePage:
         return await self.books.usage(where, cursor, limit)

@@ -10,10 +10,11 @@ import msgspec
 from neaptide.config import ModelSettings, PoolSettings, Settings
 from neaptide.control.port import ApplyReport, Change
 from neaptide.specs import MemberSpec
-from neaptide.table import DeploymentRow, KeyRow, Slow
+from neaptide.table import DeploymentRow, KeyRow, Prices, Slow
 from neaptide.types import Deployment, Revision, Slo
 
 AT_NEXT_UP = ("listen", "tls", "admin", "gateways", "journal", "access_log", "ledger")
+NO_PRICES = Prices()
 # What makes another revision: the weights, the engine and how it runs. Prices, SLO and limits do not.
 REVISION_KEYS = ("source", "engine", "options", "prefix_cache", "max_tokens_default", "replicas")
 
@@ -93,6 +94,7 @@ def slow_part(
     keys: tuple[KeyRow, ...],
     failing: Mapping[str, str],
     created_s: Mapping[str, int],
+    prices: Prices = NO_PRICES,
 ) -> Slow:
     """The slow part of the table; `failing` names the deployments of which no replica starts, with the reason."""
     rows = []
@@ -121,6 +123,7 @@ def slow_part(
         cors=settings.cors,
         auth=settings.auth == "keys",
         weights={name: tenant.weight for name, tenant in settings.tenants.items()},
+        prices=prices,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from neaptide.cost.budgets import Period, Unit
 from neaptide.errors import NeaptideError
 from neaptide.types import Choice, Override, Priority, ReplicaState, Scale, Slo, Traits, Usage
 
@@ -302,6 +303,35 @@ class Keys(Answer, frozen=True):
     rows: tuple[KeyInfo, ...]
 
 
+class BudgetRow(Answer, frozen=True):
+    """A budget in its period of now. Amounts are nano-units of the currency, or tokens, by `unit`."""
+
+    id: str  # SCOPE:UNIT:PERIOD
+    name: str  # SCOPE:UNIT:2026-11, as errors and usage rows tell it
+    scope: str  # key:ID | project:TENANT/NAME | tenant:NAME | all
+    unit: Unit
+    period: Period
+    amount: int
+    strict: bool = False  # requests reserve all of their max_tokens
+    spent: int = 0
+    lent: int = 0  # of what is left, in the hands of gateways
+    left: int = 0
+    renews_wall_s: float | None = None  # None: never
+
+
+class Budgets(Answer, frozen=True):
+    currency: str
+    rows: tuple[BudgetRow, ...]  # by scope
+
+
+class NewBudget(Ask, frozen=True):
+    scope: str
+    unit: Unit
+    amount: int | float  # of the currency, or tokens
+    period: Period = "month"
+    strict: bool = False
+
+
 class Models(Answer, frozen=True):
     rows: tuple[DeploymentStatus, ...]
 
@@ -405,6 +435,14 @@ class ControlPort(Protocol):
 
     async def revoke_key(self, key_id: str) -> KeyInfo:
         """The key as it stands after: disabled, and refused by every gateway once its table has it. NotFoundError."""
+
+    async def budgets(self) -> Budgets: ...
+
+    async def set_budget(self, new: NewBudget) -> BudgetRow:
+        """A new one, or another amount of one that there is. RequestError 400 for what cannot be one."""
+
+    async def remove_budget(self, budget_id: str) -> BudgetRow:
+        """As it stood; nobody is stopped by it any more. NotFoundError."""
 
     async def usage(self, where: UsageFilter, cursor: str | None, limit: int) -> UsagePage:
         """`cursor` is a `UsagePage.next`; ConfigError-like NeaptideError with status 400 when it is not."""

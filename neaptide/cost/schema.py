@@ -115,6 +115,7 @@ usage = Table(
     Column("degraded", Text, nullable=False),
     Column("attempts", Text, nullable=False),  # JSON list of {replica, tokens}
     Column("price_version", Integer, nullable=False),
+    Column("paid", Text, nullable=False, server_default="[]"),  # JSON list of [budget, reserved, cost]
 )
 
 # Pages are in the order of the start; a rare key or the few failures are found without walking through all rows.
@@ -175,6 +176,32 @@ open_begins = Table(
     Column("journal", Text, primary_key=True),
     Column("request_id", Text, primary_key=True),
     Column("begin", Text, nullable=False),  # the record's JSON
+    sqlite_with_rowid=False,
+)
+
+budgets = Table(
+    "budgets",
+    metadata,
+    Column("scope", Text, primary_key=True),  # key:ID | project:TENANT/NAME | tenant:NAME | all
+    Column("unit", Text, primary_key=True),  # money | tokens
+    Column("period", Text, primary_key=True),  # day | month | total
+    Column("amount", BigInteger, nullable=False),  # nano-units or tokens, each period
+    Column("strict", Boolean, nullable=False),
+    Column("created_s", Double, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# By a budget's name, which says the period. What dead gateways have spent is one row, of no gateway. `spent` is added
+# to in the transaction that takes the rows which say so, and by nobody else.
+leases = Table(
+    "leases",
+    metadata,
+    Column("budget", Text, primary_key=True),
+    Column("gateway", Text, primary_key=True),  # <gateway>-<epoch>, as its journal
+    Column("granted", BigInteger, nullable=False),
+    Column("returned", BigInteger, nullable=False),
+    Column("spent", BigInteger, nullable=False),
+    Column("renews_s", Double, nullable=False),  # when the period ends; 0: never
     sqlite_with_rowid=False,
 )
 

@@ -64,7 +64,9 @@ class Gateway:
         self.secure = self.routes.secure = Secure(spec.tls, spec.tls_leaf) if spec.tls is not None else None
         self.server = self.routes.server = Server(self.routes, Table().slow.limits, Table().slow.cors)
         self._hello = Hello(token=spec.token, role="gateway", name=spec.id, epoch=spec.epoch)
-        self.follower = Follower(spec.control_path, Path(spec.table_path), self._hello, self.install, self._gauges)
+        self.follower = Follower(
+            spec.control_path, Path(spec.table_path), self._hello, self.install, self._gauges, self.door.till
+        )
         self.door.on_starving = self.follower.starving
         self._stop = asyncio.Event()
         self._sweeps = 0

@@ -21,6 +21,7 @@ from neaptide.gateway.lane import Lane
 from neaptide.gateway.metrics import Metrics
 from neaptide.gateway.route import Target
 from neaptide.gateway.shares import PROMPT_BYTE
+from neaptide.gateway.till import Till
 from neaptide.gateway.upstream import Upstream
 from neaptide.table import Gauges, KeyRow, ReplicaRow, Table
 from neaptide.types import Begin, Usage
@@ -68,6 +69,7 @@ class Door:
         self.live: set[Exchange] = set()
         self._by_name: dict[str, Lane] = {}  # by deployment and alias
         self._familiar = Familiar()
+        self.till = Till(self.go_on)
         self._pepper = bytes.fromhex(pepper)
         self._connect = connect
         self.keys = admit.Keys((), self._pepper)
@@ -100,8 +102,14 @@ class Door:
         if deadline_s < FOREVER and (late := lane.hopeless(exchange, now)) is not None:
             exchange.fail(late, now, "refused")
             return
+        if not key.budgets or self.till.pay(exchange, now):
+            self.go_on(exchange, now)
+
+    def go_on(self, exchange: Exchange, now: float) -> None:
+        """To a replica, or into the line: it is paid for, where its key has budgets."""
+        lane = exchange.lane
         line, rank = lane.line, exchange.rank
-        exchange.account = account = line.shares.of(key.tenant)
+        exchange.account = account = line.shares.of(exchange.key.tenant)
         line.shares.asked(account, rank, now)
         # Who runs nothing is below its share.
         may = lane.may(now) if line.shares.crowded and (account.running or line.waiting) else None
@@ -208,6 +216,8 @@ class Door:
     def settle(self, exchange: Exchange, usage: Usage, now: float) -> None:
         """The request is over: its slot is free, its row is written, and then the client gets the last bytes."""
         self.live.discard(exchange)
+        if exchange.bill is not None:
+            usage = self.till.settle(exchange, exchange.bill, usage)
         lane = exchange.lane
         if exchange.ticket is not None:
             lane.line.leave(exchange.ticket)
@@ -293,6 +303,7 @@ class Door:
                     self._give_up(lane, now)
         for upstream in self._upstreams.values():
             upstream.sweep(now)
+        self.till.sweep(now)
         for exchange in list(self.live):
             if exchange.state != DONE:
                 exchange.charge(exchange.tokens)
@@ -318,6 +329,7 @@ class Door:
         """Put `table` in force: running requests go on, those who wait keep their places."""
         now = mono_s()
         self.table, self.held = table, True
+        self.till.install(table.slow)
         self.keys = admit.Keys(table.slow.keys, self._pepper, table.slow.auth)
         lanes: dict[str, Lane] = {}
         for row in table.slow.deployments:

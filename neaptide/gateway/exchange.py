@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from neaptide.gateway.connection import Connection
     from neaptide.gateway.door import Door
     from neaptide.gateway.lane import Lane
+    from neaptide.gateway.till import Bill
 
 WAITING, SENT, OPEN, LEAVING, DONE = range(5)
 ATTEMPTS_AT_MOST = 3
@@ -59,10 +60,10 @@ class Exchange:
 
     __slots__ = (
         "_broken", "_held", "_hide", "_last", "_length", "_plain", "_recent", "account", "answer", "asked",
-        "attempts", "barren", "begun", "body", "call", "charged", "connection", "counts", "deadline_s", "door", "end",
-        "error", "finish", "handle", "ids", "key", "lane", "lost_s", "made", "opened", "outcome", "paused_s", "pinned",
-        "priority", "prompt_bytes", "rank", "resumes", "revision", "sent_s", "state", "state_s", "target", "ticket",
-        "timing", "transcript", "tried", "waited_s", "wanted",
+        "attempts", "barren", "begun", "bill", "body", "call", "charged", "connection", "counts", "deadline_s", "door",
+        "end", "error", "finish", "handle", "ids", "key", "lane", "lost_s", "made", "opened", "outcome", "paused_s",
+        "pinned", "priority", "prompt_bytes", "rank", "resumes", "revision", "sent_s", "state", "state_s", "target",
+        "ticket", "timing", "transcript", "tried", "waited_s", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -86,6 +87,7 @@ class Exchange:
         self.handle: Handle | None = None
         self.target: Target | None = None
         self.ticket: Ticket[Exchange] | None = None
+        self.bill: Bill | None = None  # where its key has budgets
         self.tried: tuple[str, ...] = ()
         self.made: tuple[int, ...] = ()  # tokens of each of these but the last one
         self.ids = NO_IDS  # of the tokens that came over links
