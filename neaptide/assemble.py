@@ -24,6 +24,7 @@ from neaptide.fleet.listen import address, bind
 from neaptide.fleet.process import ChildSpec
 from neaptide.fleet.state import StateDir, write_private
 from neaptide.fleet.supervisor import Report, Supervisor
+from neaptide.gateway import counters
 from neaptide.specs import ControlSpec, GatewaySpec
 
 START_LIMIT_S = 600.0  # a large model from a cold disk; `up` gives up after it
@@ -120,6 +121,7 @@ class Service:
         self._say = say
         self.api = f"http://{address(sockets.api[0])}/v1"
         self.admin = f"http://{address(sockets.admin)}/"
+        self.counters_fd = counters.create()
         self.token = secrets.token_hex(32)  # this boot's: shared by its processes, never stored
         self.pepper = state.secret(state.pepper)
         self.key = state.secret(state.key, "sk-" + secrets.token_urlsafe(32))
@@ -221,11 +223,11 @@ class Service:
             segment_bytes=self.settings.journal.segment_mib << 20,
             grace_s=self.options.grace_s,
             version=__version__,
+            counters_fd=self.counters_fd,
         )
         document = msgspec.Raw(msgspec.json.encode(spec))
-        return ChildSpec(
-            kind="gateway", id=id, epoch=epoch, module="neaptide.gateway", document=document, fds=(listen_fd,)
-        )
+        fds = (listen_fd, self.counters_fd)
+        return ChildSpec(kind="gateway", id=id, epoch=epoch, module="neaptide.gateway", document=document, fds=fds)
 
 
 def access_name(number: int) -> str:

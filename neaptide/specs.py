@@ -77,6 +77,7 @@ class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True):
     segment_bytes: int = 8 << 20
     grace_s: float = 20.0
     version: str = ""
+    counters_fd: int | None = None  # what all gateways of this host count limits in; None: this one counts alone
 
 
 class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):

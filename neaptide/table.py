@@ -15,7 +15,7 @@ gateway persists what it holds (0600) and starts from it while control is away.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -64,6 +64,15 @@ class DeploymentRow(msgspec.Struct, frozen=True, kw_only=True):
     affinity: bool = False  # prompts that begin alike go to the same replica: it has a prefix cache that they share
 
 
+class Quota(msgspec.Struct, frozen=True, array_like=True):
+    """What a key may take, or all keys of a tenant together; None: without limit."""
+
+    of: Literal["key", "tenant"]
+    rpm: int | None = None  # requests in any minute
+    tpm: int | None = None  # tokens in any minute, of prompts and answers
+    concurrency: int | None = None  # requests at once, those that wait included
+
+
 class KeyRow(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     digest: str  # hex of blake2b(key, key=pepper, digest_size=32)
@@ -73,6 +82,9 @@ class KeyRow(msgspec.Struct, frozen=True, kw_only=True):
     priority: str = "normal"  # highest class this key may ask for
     models: tuple[str, ...] = ()  # empty: all
     disabled: bool = False
+    expires_wall_s: float | None = None  # refused from then on; None: never
+    scopes: tuple[str, ...] = ()  # of `control/keys.py`; empty: all
+    quotas: tuple[Quota, ...] = ()  # its own and its tenant's
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -236,7 +248,7 @@ def apply(table: Table, delta: Delta) -> Table | None:
     return Table(fast=Fast(version=delta.fast, replicas=tuple(replicas.values())), slow=slow)
 
 
-KEYS_A_FRAME = 2_000  # a key row is at most a few hundred bytes: a frame stays far below its limit
+KEYS_A_FRAME = 1_000  # a key row is at most a few hundred bytes: a frame stays far below its limit
 
 
 def parts(delta: Delta) -> list[Delta]:

@@ -17,12 +17,14 @@ from neaptide import __version__, lifeline
 from neaptide.clock import mono_s
 from neaptide.errors import RequestError
 from neaptide.gateway.access import AccessLog
+from neaptide.gateway.counters import Counters
 from neaptide.gateway.door import Door
 from neaptide.gateway.follow import Follower
 from neaptide.gateway.metrics import Metrics
 from neaptide.gateway.route import Target
 from neaptide.gateway.routes import Routes
 from neaptide.gateway.server import Server
+from neaptide.gateway.throttle import Throttle
 from neaptide.gateway.upstream import Upstream
 from neaptide.gateway.upstream_http import HttpPool
 from neaptide.gateway.upstream_link import LinkClient
@@ -52,6 +54,7 @@ class Gateway:
             self._connect,
             metrics=Metrics(spec.version or __version__),
             access=self.access,
+            throttle=Throttle(Counters(spec.counters_fd)),
         )
         self.routes = Routes(self.door, spec.version or __version__)
         self.server = self.routes.server = Server(self.routes, Table().slow.limits, Table().slow.cors)

@@ -23,6 +23,7 @@ from neaptide.gateway import answer, record, resume, sse
 from neaptide.gateway.affinity import blocks_of, conversation_of
 from neaptide.gateway.call import Call
 from neaptide.gateway.queue import Ticket
+from neaptide.gateway.quota import Permit
 from neaptide.gateway.record import Timing
 from neaptide.gateway.route import Target
 from neaptide.gateway.shares import Account
@@ -60,8 +61,8 @@ class Exchange:
         "_broken", "_held", "_hide", "_last", "_length", "_plain", "_recent", "account", "answer", "asked",
         "attempts", "barren", "begun", "body", "call", "charged", "connection", "counts", "deadline_s", "door", "end",
         "error", "finish", "handle", "ids", "key", "lane", "lost_s", "made", "opened", "outcome", "paused_s",
-        "priority", "prompt_bytes", "rank", "resumes", "revision", "sent_s", "state", "state_s", "target", "ticket",
-        "timing", "tried", "waited_s",
+        "permit", "priority", "prompt_bytes", "rank", "resumes", "revision", "sent_s", "state", "state_s", "target",
+        "ticket", "timing", "tried", "waited_s",
     )  # fmt: skip
 
     def __init__(
@@ -79,6 +80,7 @@ class Exchange:
         self.asked, self.deadline_s = asked, deadline_s
         self.priority, self.rank = priority, RANKS[priority]
         self.account, self.charged = NOBODY, 0  # its tenant's; how many of its tokens were charged
+        self.permit: Permit | None = None  # of a key with limits
         self.body = call.body  # as its replica is to get it
         self.prompt_bytes = call.size
         self.state, self.state_s = WAITING, call.arrived_s
@@ -425,7 +427,8 @@ class Exchange:
         if length is None and not call.http11:
             length, call.close = -1, True
         head = self.answer
-        return self.connection.head(call, head.status, head.content_type, length, head.passed)
+        lines = head.passed if self.permit is None else head.passed + self.permit.lines
+        return self.connection.head(call, head.status, head.content_type, length, lines)
 
     def _say(self, status: int, content_type: bytes, *, events: bool = False) -> None:
         """The head of a link's answer; the lines that its replica sent before stay."""
