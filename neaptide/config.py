@@ -120,6 +120,9 @@ class Price(Part, frozen=True, kw_only=True):
 
 class TenantSettings(Part, frozen=True, kw_only=True):
     weight: float = 1.0  # of tokens, where several tenants wait for the same model
+    rpm: int | None = None  # of all its keys together: requests in any minute; None: no limit
+    tpm: int | None = None  # tokens in any minute, of prompts and answers
+    concurrency: int | None = None  # requests at once, those that wait included
 
 
 class Settings(Part, frozen=True, kw_only=True):
@@ -303,6 +306,10 @@ def _checked(s: Settings, origin: str, base: Path) -> Settings:
         if not MOST_UNEQUAL[0] <= tenant.weight <= MOST_UNEQUAL[1]:
             what = f"{origin}: tenants.{name}.weight: {tenant.weight:g}"
             raise ConfigError(what, code="E108", fix="a number from {:g} to {:g}; 1 is usual".format(*MOST_UNEQUAL))
+        for limit, value in (("rpm", tenant.rpm), ("tpm", tenant.tpm), ("concurrency", tenant.concurrency)):
+            if value is not None and not 1 <= value <= 10**12:
+                what = f"{origin}: tenants.{name}.{limit}: {value}"
+                raise ConfigError(what, code="E108", fix="1 or more, or leave it out for no limit")
     taken: dict[str, str] = {}
     for name, model in s.models.items():
         for label in (name, *model.aliases):

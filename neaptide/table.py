@@ -73,6 +73,13 @@ class Quota(msgspec.Struct, frozen=True, array_like=True):
     concurrency: int | None = None  # requests at once, those that wait included
 
 
+def quotas(
+    of: Literal["key", "tenant"], rpm: int | None, tpm: int | None, concurrency: int | None
+) -> tuple[Quota, ...]:
+    """One, or none where there is no limit."""
+    return () if rpm is tpm is concurrency is None else (Quota(of, rpm, tpm, concurrency),)
+
+
 class KeyRow(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     digest: str  # hex of blake2b(key, key=pepper, digest_size=32)
@@ -83,7 +90,7 @@ class KeyRow(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...] = ()  # empty: all
     disabled: bool = False
     expires_wall_s: float | None = None  # refused from then on; None: never
-    scopes: tuple[str, ...] = ()  # of `control/keys.py`; empty: all
+    scopes: tuple[str, ...] = ()  # inference | models | tokenize; empty: all
     quotas: tuple[Quota, ...] = ()  # its own and its tenant's
 
 

@@ -1,9 +1,8 @@
-"""Limits in virtual time: what a minute may hold, when there is room again, and that everything counted is given back."""
+"""Limits in virtual time: what a minute may hold, when there is room again, and that nothing stays counted."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -40,7 +39,6 @@ def admitted(found: Permit | Refusal) -> Permit:
 
 
 gaps = st.one_of(st.just(0.0), st.floats(0.0, 3.0), st.floats(0.0, 90.0))
-Window = Callable[[float, float], int]
 
 
 @given(st.integers(1, 12), st.lists(gaps, max_size=80))
@@ -197,7 +195,6 @@ class Requests(RuleBasedStateMachine):
         self.tenant = Bucket(Quota("tenant", self.RPM, self.TPM, self.CONCURRENCY), 9, 2 * ROW)
         self.running: list[tuple[Permit, int, int]] = []  # with its key and seat
         self.came: list[tuple[float, int]] = []  # (when, key) of those that count
-        self.bounds: list[tuple[float, int]] = []
 
     @rule(pause=gaps)
     def wait(self, pause: float) -> None:

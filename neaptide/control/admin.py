@@ -34,6 +34,7 @@ from neaptide.control.port import (
     Decisions,
     DownReport,
     GroupBy,
+    KeyChange,
     KeyInfo,
     Keys,
     Models,
@@ -149,6 +150,9 @@ OPERATIONS = (
     Operation("listKeys", "GET", "/keys", Keys, lambda a: a.port.keys()),
     Operation(
         "createKey", "POST", "/keys", CreatedKey, lambda a: a.port.create_key(a.body), NoQuery, NewKey, status=201
+    ),
+    Operation(
+        "setKey", "PATCH", "/keys/{id}", KeyInfo, lambda a: a.port.set_key(a.path["id"], a.body), NoQuery, KeyChange
     ),
     Operation("revokeKey", "DELETE", "/keys/{id}", KeyInfo, lambda a: a.port.revoke_key(a.path["id"])),
     Operation("listUsage", "GET", "/usage", UsagePage, lambda a: _usage(a), UsageQuery),

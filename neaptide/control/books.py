@@ -11,13 +11,16 @@ import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
+
+import msgspec
 
 from neaptide.clock import RealClock, mono_s
 from neaptide.config import Settings
 from neaptide.control import backup as archive
 from neaptide.control import port
 from neaptide.control.keys import KeyInfo, KeyStore
+from neaptide.cost.accounts import Terms
 from neaptide.cost.intake import Intake
 from neaptide.cost.ledger import Ledger, Receipt, Total, UsageFilter, open_ledger
 from neaptide.cost.prices import rates
@@ -150,11 +153,21 @@ class Books:
     async def create_key(self, new: port.NewKey) -> port.CreatedKey:
         made = await self._call(
             lambda: self._keys().create(
-                new.name, tenant=new.tenant, project=new.project or "default", priority=new.priority, models=new.models
+                new.name,
+                tenant=new.tenant,
+                project=new.project or "default",
+                priority=new.priority,
+                models=new.models,
+                terms=Terms(**_terms(new)),
             )
         )
         await self._reload()
         return port.CreatedKey(key=made.secret, info=_shown(made.info))
+
+    async def set_key(self, key_id: str, change: port.KeyChange) -> port.KeyInfo:
+        info = await self._call(lambda: self._keys().set(key_id, _terms(change)))
+        await self._reload()
+        return _shown(info)
 
     async def revoke_key(self, key_id: str) -> port.KeyInfo:
         info = await self._call(lambda: self._keys().revoke(key_id))
@@ -214,7 +227,19 @@ def _shown(info: KeyInfo) -> port.KeyInfo:
         models=info.models,
         created_wall_s=info.created_s,
         disabled=info.disabled,
+        expires_wall_s=info.expires_s,
+        scopes=cast(tuple[port.Scope, ...], info.scopes),
+        rpm=info.rpm,
+        tpm=info.tpm,
+        concurrency=info.concurrency,
     )
+
+
+def _terms(asked: port.NewKey | port.KeyChange) -> dict[str, Any]:
+    """Those it names."""
+    named = {"expires_s": asked.expires_wall_s, "scopes": asked.scopes, "rpm": asked.rpm, "tpm": asked.tpm}
+    named["concurrency"] = asked.concurrency
+    return {name: value for name, value in named.items() if value is not msgspec.UNSET}
 
 
 def _filter(where: port.UsageFilter) -> UsageFilter:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from neaptide.config import ModelSettings, PoolSettings, Settings
+from neaptide.config import ModelSettings, PoolSettings, Settings, TenantSettings
 from neaptide.control.port import ApplyReport, Change
 from neaptide.specs import MemberSpec
-from neaptide.table import DeploymentRow, KeyRow, Slow
+from neaptide.table import DeploymentRow, KeyRow, Slow, quotas
 from neaptide.types import Deployment, Revision, Slo
 
 AT_NEXT_UP = ("listen", "admin", "gateways", "journal", "access_log", "ledger")
@@ -115,11 +115,21 @@ def slow_part(
         )
     return Slow(
         deployments=tuple(rows),
-        keys=keys,
+        keys=_limited(keys, settings.tenants),
         limits=settings.limits,
         cors=settings.cors,
         auth=settings.auth == "keys",
         weights={name: tenant.weight for name, tenant in settings.tenants.items()},
+    )
+
+
+def _limited(keys: tuple[KeyRow, ...], tenants: Mapping[str, TenantSettings]) -> tuple[KeyRow, ...]:
+    """`keys`, each with its tenant's limits beside its own."""
+    theirs = {name: quotas("tenant", t.rpm, t.tpm, t.concurrency) for name, t in tenants.items()}
+    if not any(theirs.values()):
+        return keys
+    return tuple(
+        msgspec.structs.replace(k, quotas=k.quotas + theirs[k.tenant]) if theirs.get(k.tenant) else k for k in keys
     )
 
 

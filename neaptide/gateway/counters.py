@@ -9,10 +9,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
 import struct
+import time
 from hashlib import blake2b
 
 from neaptide.errors import ProcessError
@@ -22,7 +24,7 @@ ROWS = 1 << 15  # keys and tenants with limits that can be counted within a minu
 TAKEN, USED, REPLACED, NEXT, FLAGS = range(5)  # of the header
 HEADER = FLAGS + SEATS
 SIZE = 8 * (HEADER + ROWS * ROW)  # bytes; memory is taken row by row, as they are used
-TRIES = 50  # at a turn: one takes microseconds
+YIELDS, NAPS, NAP_S = 20, 500, 0.0005  # while another has its turn, which takes microseconds where it is let run
 LOOKS = 256  # at rows that may be idle, when all are used
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 
@@ -38,14 +40,14 @@ class Counters:
     """`fd`: of `create`, and this process's to keep; None: cells of this process alone. ProcessError E306 where all
     seats are taken."""
 
-    __slots__ = ("_at", "_fd", "_held", "_ids", "_map", "_replaced", "_synced", "cells", "seat")
+    __slots__ = ("_at", "_fd", "_held", "_ids", "_map", "_patient", "_replaced", "_synced", "cells", "seat")
 
     def __init__(self, fd: int | None = None) -> None:
         # Opened anew: an inherited descriptor would share its locks with the other heirs.
         self._fd = None if fd is None else os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
         self._map = mmap.mmap(-1 if self._fd is None else self._fd, SIZE)
         self.cells: Cells = memoryview(self._map).cast("q")
-        self._held = False
+        self._held, self._patient = False, True
         self._ids: dict[str, int] = {}  # by name
         self._at: dict[int, int] = {}  # by id
         self._synced = self._replaced = 0  # of USED and REPLACED
@@ -56,20 +58,27 @@ class Counters:
     def __enter__(self) -> Cells:
         if self._fd is None:
             return self.cells
-        for _ in range(TRIES):
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.sched_yield()
-            else:
-                self._held = True
-                break
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._held = self._patient = True
+        except BlockingIOError:
+            self._held = self._patient = self._patient and self._wait(self._fd)
         return self.cells
 
     def __exit__(self, *_: object) -> None:
         if self._held and self._fd is not None:
             self._held = False
             fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def _wait(self, fd: int) -> bool:
+        """Whether the turn came. A gateway that was stopped in its own must not stop the others: they go on without
+        turns, and wait for none, until one is free at once."""
+        for tries in range(YIELDS + NAPS):
+            os.sched_yield() if tries < YIELDS else time.sleep(NAP_S)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+        return False
 
     # --- seats
 
