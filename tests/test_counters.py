@@ -112,10 +112,9 @@ def test_gateways_sit_apart_and_who_leaves_takes_what_it_had_in_flight(fd: int) 
     first.close()
 
 
-def test_a_gateway_beyond_the_last_seat_is_refused_by_name(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "SEATS", 2)
-    sitting = [Counters(fd), Counters(fd)]
-    with pytest.raises(ProcessError, match="2 gateways count in the same limits already"):
+def test_a_gateway_beyond_the_last_seat_is_refused_by_name(fd: int) -> None:
+    sitting = [Counters(fd) for _ in range(SEATS)]
+    with pytest.raises(ProcessError, match=f"{SEATS} gateways count in the same limits already"):
         Counters(fd)
     for counters in sitting:
         counters.close()
@@ -218,21 +217,22 @@ def test_what_a_killed_gateway_had_in_flight_is_free_and_what_it_counted_stays(f
         replica = await FakeReplica(endless).start()
         keys = [key_row(quotas=(Quota("key", 4, None, 2),))]
         async with pair(table([f"http://127.0.0.1:{replica.port}/v1"], keys=keys), fd, tmp_path) as (doomed, other):
-            for _ in range(2):
-                await begun(doomed)
+            streams = [await begun(doomed) for _ in range(2)]
             full = await other.ask(post(chat(stream=True)))
             assert (full.status, full.code) == (429, "rate_limit_exceeded")
             assert "2 requests at once (concurrency)" in full.json["error"]["message"]
-            doomed.popen.send_signal(signal.SIGKILL)
-            await doomed.wait()
-            watch = Counters(fd)
+            watch = Counters(fd)  # before its seat is free
             at = row(watch, "key:" + keys[0].id)
             assert at is not None
+            assert sum(watch.cells[at + FLIGHT : at + FLIGHT + SEATS]) == 2
+            doomed.popen.send_signal(signal.SIGKILL)
+            await doomed.wait()
             await until(lambda: not any(watch.cells[at + FLIGHT : at + FLIGHT + SEATS]))
-            for _ in range(2):
-                await begun(other)
+            streams += [await begun(other) for _ in range(2)]
             over = await other.ask(post(chat(stream=True)))
             assert "4 requests a minute (rpm)" in over.json["error"]["message"]
+            for client in streams:
+                client.close()
             watch.close()
         await replica.stop()
 

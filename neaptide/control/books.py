@@ -237,8 +237,13 @@ def _shown(info: KeyInfo) -> port.KeyInfo:
 
 def _terms(asked: port.NewKey | port.KeyChange) -> dict[str, Any]:
     """Those it names."""
-    named = {"expires_s": asked.expires_wall_s, "scopes": asked.scopes, "rpm": asked.rpm, "tpm": asked.tpm}
-    named["concurrency"] = asked.concurrency
+    named: dict[str, Any] = {
+        "expires_s": asked.expires_wall_s,
+        "scopes": asked.scopes,
+        "rpm": asked.rpm,
+        "tpm": asked.tpm,
+        "concurrency": asked.concurrency,
+    }
     return {name: value for name, value in named.items() if value is not msgspec.UNSET}
 
 

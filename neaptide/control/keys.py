@@ -11,7 +11,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -113,7 +113,7 @@ class KeyStore:
         """All keys, the revoked too, oldest first."""
         return tuple(map(_info, self._accounts.all_keys()))
 
-    def set(self, key_id: str, changes: Mapping[str, object]) -> KeyInfo:
+    def set(self, key_id: str, changes: Mapping[str, Any]) -> KeyInfo:
         """The key with some of its terms changed. RequestError 404 where there is none, 400 for a revoked one and for
         terms that make no sense."""
         found = self._accounts.key_by_id(key_id)

@@ -291,7 +291,7 @@ class NewKey(Ask, frozen=True):
     concurrency: int | None = None
 
 
-class KeyChange(Ask, frozen=True, omit_defaults=True):
+class KeyChange(Ask, frozen=True):
     """What it does not name stays; null takes a limit or the expiry away."""
 
     expires_wall_s: float | msgspec.UnsetType | None = msgspec.UNSET

@@ -7,7 +7,7 @@ counts by seconds of the clock: any 60 s touch at most 61 of them, so their sum 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 from neaptide.table import Quota
 
@@ -108,7 +108,7 @@ def give_back(cells: Cells, permit: Permit, seat: int, now: float) -> None:
 def in_flight(cells: Cells, at: int, seats: int) -> int:
     """Of the row at `at`."""
     if seats == 1:
-        return cast(int, cells[at + FLIGHT])
+        return cells[at + FLIGHT]
     return sum(cells[at + FLIGHT : at + FLIGHT + seats])
 
 
@@ -139,12 +139,14 @@ def clear(cells: Cells, at: int, id: int) -> None:
 
 def _second(cells: Cells, buckets: tuple[Bucket, ...], now: float) -> int:
     """The one to count in: all windows are advanced to it. Another gateway may be ahead of `now`."""
-    windows = [at + REQUESTS for quota, _, at in buckets if quota.rpm is not None]
-    windows += [at + TOKENS for quota, _, at in buckets if quota.tpm is not None]
-    second = max((cells[at + NEWEST] for at in windows), default=0)
-    second = max(second, int(now))
-    for at in windows:
-        _advance(cells, at, second)
+    second = int(now)
+    for _, _, at in buckets:
+        second = max(second, cells[at + REQUESTS + NEWEST], cells[at + TOKENS + NEWEST])
+    for quota, _, at in buckets:
+        if quota.rpm is not None:
+            _advance(cells, at + REQUESTS, second)
+        if quota.tpm is not None:
+            _advance(cells, at + TOKENS, second)
     return second
 
 

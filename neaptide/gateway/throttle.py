@@ -54,8 +54,8 @@ class Throttle:
         counters = self.counters
         prompt = 0 if call.route == "tokenize" else call.size
         with counters as cells:
-            buckets = self._buckets.get(key.id, ())
-            if not buckets or any(cells[bucket.at] != bucket.id for bucket in buckets):
+            buckets = self._buckets.get(key.id)
+            if buckets is None or not _hold(cells, buckets):
                 buckets = self._buckets[key.id] = self._rows(key, now)
             found = quota.admit(cells, buckets, counters.seat, counters.seats, prompt, now)
             lines = _lines(cells, buckets, now)
@@ -97,6 +97,11 @@ class Throttle:
                 raise LimitError(message, "Try again in a minute.", quota.SECONDS)
             found.append(Bucket(limits, id, at))
         return tuple(found)
+
+
+def _hold(cells: Cells, buckets: tuple[Bucket, ...]) -> bool:
+    """Their rows are still theirs."""
+    return all(cells[at + quota.ID] == id for _, id, at in buckets)
 
 
 def _refuse(found: Refusal, key: KeyRow, lines: bytes) -> NoReturn:
