@@ -44,7 +44,7 @@ def row(counters: Counters, name: str, now: float = 1000.0) -> int | None:
 HAMMER = """
 import os, sys
 from neaptide.gateway.counters import Counters
-from neaptide.gateway.quota import Bucket, Permit, admit
+from neaptide.gateway.quota import Bounds, Bucket, Permit, admit
 from neaptide.table import Quota
 counters = Counters(int(sys.argv[1]))
 print("sits", flush=True)
@@ -52,9 +52,10 @@ sys.stdin.readline()
 id, admitted = counters.id_of("key:k"), 0
 for _ in range(1500):
     with counters as cells:
-        buckets = (Bucket(Quota("key", 2000, 10**9, 10**9), id, counters.row(id, 1000.0)),)
-        admitted += isinstance(admit(cells, buckets, counters.seat, counters.seats, 3, 1000.0), Permit)
-print(admitted, cells[buckets[0].at + 2], flush=True)
+        at = counters.row(id, 1000.0)
+        bounds = Bounds((Bucket(Quota("key", 2000, 10**9, 10**9), id, at),))
+        admitted += isinstance(admit(cells, bounds, counters.seat, counters.seats, 3, 1000.0), Permit)
+print(admitted, cells[at + 2], flush=True)
 os._exit(0)
 """
 
@@ -171,11 +172,13 @@ def test_a_row_that_was_taken_over_is_found_anew() -> None:
     alone, call = Counters(), Call(1000.0)
     throttle, key = Throttle(alone), key_row(quotas=(Quota("key", 5),))
     permit = throttle.admit(key, call, 1000.0)
-    alone.cells[permit.buckets[0].at] = 12345  # somebody else's, long after
+    ((id, at),) = permit.bounds.rows
+    alone.cells[at] = 12345  # somebody else's, long after
     found = throttle.admit(key, call, 1100.0)
     assert isinstance(found, Permit)
-    assert found.buckets[0].at != permit.buckets[0].at
-    assert alone.cells[found.buckets[0].at] == found.buckets[0].id == permit.buckets[0].id
+    ((found_id, found_at),) = found.bounds.rows
+    assert found_at != at
+    assert alone.cells[found_at] == found_id == id
 
 
 # --- two gateways

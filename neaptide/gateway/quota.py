@@ -7,6 +7,7 @@ counts by seconds of the clock: any 60 s touch at most 61 of them, so their sum 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from neaptide.table import Quota
@@ -32,8 +33,40 @@ class Bucket(NamedTuple):
     at: int
 
 
+class Bound(NamedTuple):
+    """One limit, and the window, or the first seat, that is held against it."""
+
+    at: int
+    limit: int
+    of: str
+
+
+class Bounds:
+    """All limits of a key, its tenant's among them, laid out for the walk of each request."""
+
+    __slots__ = ("crowds", "flights", "requests", "rows", "tokens", "windows")
+
+    def __init__(self, buckets: Iterable[Bucket]) -> None:
+        rows: list[tuple[int, int]] = []  # (id, where it stands)
+        requests: list[Bound] = []
+        tokens: list[Bound] = []
+        crowds: list[Bound] = []
+        for quota, id, at in buckets:
+            rows.append((id, at))
+            for bounds, first, limit in (
+                (requests, at + REQUESTS, quota.rpm),
+                (tokens, at + TOKENS, quota.tpm),
+                (crowds, at + FLIGHT, quota.concurrency),
+            ):
+                if limit is not None:
+                    bounds.append(Bound(first, limit, quota.of))
+        self.rows, self.requests, self.tokens, self.crowds = tuple(rows), tuple(requests), tuple(tokens), tuple(crowds)
+        self.windows = tuple(bound.at for bound in requests + tokens)
+        self.flights = tuple(at + FLIGHT for _, at in rows)  # counted without a limit, too: such a row is not idle
+
+
 class Refusal(NamedTuple):
-    quota: Quota
+    of: str  # key | tenant
     limit: Limit
     value: int
     wait_s: float  # until it has room, if nobody else takes it
@@ -42,74 +75,76 @@ class Refusal(NamedTuple):
 class Permit:
     """Of an admitted request: what it has been counted as."""
 
-    __slots__ = ("buckets", "lines", "output", "prompt", "second")
+    __slots__ = ("bounds", "lines", "output", "prompt", "second")
 
-    def __init__(self, buckets: tuple[Bucket, ...], prompt: int, second: int) -> None:
-        self.buckets = buckets
+    def __init__(self, bounds: Bounds, prompt: int, second: int) -> None:
+        self.bounds = bounds
         self.prompt = prompt  # tokens, at most, until its replica has counted them
         self.output = 0  # tokens so far
         self.second = second  # in which it came
         self.lines = b""  # of its answer's head
 
 
-def admit(
-    cells: Cells, buckets: tuple[Bucket, ...], seat: int, seats: int, prompt: int, now: float
-) -> Permit | Refusal:
-    """Count a request with at most `prompt` tokens in all of `buckets`; or in none, where one has no room: then the
-    refusal is the one that lasts longest. `seats`: that may be taken."""
-    second = _second(cells, buckets, now)
-    worst: Refusal | None = None
-    for quota, _, at in buckets:
-        for found in _full(cells, quota, at, seats, prompt, now):
-            if worst is None or found.wait_s > worst.wait_s:
-                worst = found
+def admit(cells: Cells, bounds: Bounds, seat: int, seats: int, prompt: int, now: float) -> Permit | Refusal:
+    """Count a request with at most `prompt` tokens against all of `bounds`; or against none, where one has no room:
+    then the refusal is the one that lasts longest. `seats`: that may be taken."""
+    second = int(now)
+    for at in bounds.windows:
+        if cells[at] > second:  # another gateway is ahead of `now`
+            second = cells[at]
+    for at in bounds.windows:
+        if cells[at] < second:
+            _advance(cells, at, second)
+    worst = _worst(cells, bounds, seats, prompt, now)
     if worst is not None:
         return worst
-    for quota, _, at in buckets:
-        cells[at + FLIGHT + seat] += 1
-        if quota.rpm is not None:
-            _count(cells, at + REQUESTS, 1)
-        if quota.tpm is not None:
-            _count(cells, at + TOKENS, min(prompt, quota.tpm))
-    return Permit(buckets, prompt, second)
+    for at in bounds.flights:
+        cells[at + seat] += 1
+    cell = FIRST + second % SECONDS
+    for at, _, _ in bounds.requests:
+        cells[at + cell] += 1
+        cells[at + SUM] += 1
+    for at, limit, _ in bounds.tokens:
+        bound = min(prompt, limit)
+        cells[at + cell] += bound
+        cells[at + SUM] += bound
+    return Permit(bounds, prompt, second)
 
 
 def produced(cells: Cells, permit: Permit, tokens: int, now: float) -> None:
     """It has so many tokens of answer by now."""
-    for quota, _, at in permit.buckets:
-        if quota.tpm is not None:
-            _advance(cells, at + TOKENS, int(now))
-            _count(cells, at + TOKENS, tokens - permit.output)
+    for at, _, _ in permit.bounds.tokens:
+        _advance(cells, at, int(now))
+        _count(cells, at, tokens - permit.output)
     permit.output = tokens
 
 
 def settle(cells: Cells, permit: Permit, seat: int, prompt: int, output: int, now: float) -> None:
     """It is over, and these are its tokens."""
-    produced(cells, permit, output, now)
-    for quota, _, at in permit.buckets:
-        _land(cells, at + FLIGHT + seat)
-        if quota.tpm is not None:
-            bound = min(permit.prompt, quota.tpm)
-            if prompt > bound:
-                _count(cells, at + TOKENS, prompt - bound)
-            else:
-                _take_back(cells, at + TOKENS, permit.second, bound - prompt)
+    for at in permit.bounds.flights:
+        if cells[at + seat] > 0:  # nothing is left of it where its seat was thought empty
+            cells[at + seat] -= 1
+    if permit.bounds.tokens:
+        produced(cells, permit, output, now)
+    for at, limit, _ in permit.bounds.tokens:
+        bound = min(permit.prompt, limit)
+        if prompt > bound:
+            _count(cells, at, prompt - bound)
+        else:
+            _take_back(cells, at, permit.second, bound - prompt)
 
 
 def give_back(cells: Cells, permit: Permit, seat: int, now: float) -> None:
     """It was refused for another reason: as if it had never come."""
     settle(cells, permit, seat, 0, 0, now)
-    for quota, _, at in permit.buckets:
-        if quota.rpm is not None:
-            _advance(cells, at + REQUESTS, int(now))
-            _take_back(cells, at + REQUESTS, permit.second, 1)
+    for at, _, _ in permit.bounds.requests:
+        _advance(cells, at, int(now))
+        _take_back(cells, at, permit.second, 1)
 
 
 def in_flight(cells: Cells, at: int, seats: int) -> int:
-    """Of the row at `at`."""
-    if seats == 1:
-        return cells[at + FLIGHT]
-    return sum(cells[at + FLIGHT : at + FLIGHT + seats])
+    """Of all seats; `at`: the first."""
+    return cells[at] if seats == 1 else sum(cells[at : at + seats])
 
 
 def left(cells: Cells, at: int, limit: int, now: float) -> tuple[int, float]:
@@ -137,32 +172,24 @@ def clear(cells: Cells, at: int, id: int) -> None:
     cells[at + ID] = id
 
 
-def _second(cells: Cells, buckets: tuple[Bucket, ...], now: float) -> int:
-    """The one to count in: all windows are advanced to it. Another gateway may be ahead of `now`."""
-    second = int(now)
-    for _, _, at in buckets:
-        second = max(second, cells[at + REQUESTS + NEWEST], cells[at + TOKENS + NEWEST])
-    for quota, _, at in buckets:
-        if quota.rpm is not None:
-            _advance(cells, at + REQUESTS, second)
-        if quota.tpm is not None:
-            _advance(cells, at + TOKENS, second)
-    return second
-
-
-def _full(cells: Cells, quota: Quota, at: int, seats: int, prompt: int, now: float) -> list[Refusal]:
-    """The limits of `quota` that have no room."""
+def _worst(cells: Cells, bounds: Bounds, seats: int, prompt: int, now: float) -> Refusal | None:
+    """Of the limits that have no room, the one that lasts longest."""
     found: list[Refusal] = []
-    rpm, tpm, concurrency = quota.rpm, quota.tpm, quota.concurrency
-    if rpm is not None and cells[at + REQUESTS + SUM] >= rpm:
-        found.append(Refusal(quota, "rpm", rpm, _wait_s(cells, at + REQUESTS, 1, rpm, now)))
-    if tpm is not None:
-        need = max(1, min(prompt, tpm))
-        if cells[at + TOKENS + SUM] + need > tpm:
-            found.append(Refusal(quota, "tpm", tpm, _wait_s(cells, at + TOKENS, need, tpm, now)))
-    if concurrency is not None and in_flight(cells, at, seats) >= concurrency:
-        found.append(Refusal(quota, "concurrency", concurrency, FLIGHT_WAIT_S))
-    return found
+    for at, limit, of in bounds.requests:
+        if cells[at + SUM] >= limit:
+            found.append(Refusal(of, "rpm", limit, _wait_s(cells, at, 1, limit, now)))
+    for at, limit, of in bounds.tokens:
+        need = min(prompt, limit) or 1
+        if cells[at + SUM] + need > limit:
+            found.append(Refusal(of, "tpm", limit, _wait_s(cells, at, need, limit, now)))
+    for at, limit, of in bounds.crowds:
+        if in_flight(cells, at, seats) >= limit:
+            found.append(Refusal(of, "concurrency", limit, FLIGHT_WAIT_S))
+    return max(found, key=_lasting) if found else None
+
+
+def _lasting(refusal: Refusal) -> float:
+    return refusal.wait_s
 
 
 def _wait_s(cells: Cells, at: int, need: int, limit: int, now: float) -> float:
@@ -203,8 +230,3 @@ def _take_back(cells: Cells, at: int, second: int, less: int) -> None:
         less = min(less, cells[cell])
         cells[cell] -= less
         cells[at + SUM] -= less
-
-
-def _land(cells: Cells, at: int) -> None:
-    if cells[at] > 0:  # nothing is left of it where its seat was thought empty
-        cells[at] -= 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from neaptide.errors import RequestError
 from neaptide.gateway import quota
 from neaptide.gateway.counters import ROWS, Counters
-from neaptide.gateway.quota import Bucket, Cells, Limit, Permit, Refusal
+from neaptide.gateway.quota import SUM, Bounds, Bucket, Cells, Limit, Permit, Refusal
 from neaptide.table import KeyRow
 from neaptide.types import Usage
 
@@ -38,27 +38,29 @@ class LimitError(RequestError):
 class Throttle:
     """The limits of all keys of a gateway."""
 
-    __slots__ = ("_buckets", "_looked_s", "counters")
+    __slots__ = ("_bounds", "_looked_s", "counters")
 
     def __init__(self, counters: Counters | None = None) -> None:
         self.counters = counters or Counters()
-        self._buckets: dict[str, tuple[Bucket, ...]] = {}  # by key, as of the table in force
+        self._bounds: dict[str, Bounds] = {}  # by key, as of the table in force
         self._looked_s = 0.0
 
     def renew(self) -> None:
         """There is a new table: keys may have other limits."""
-        self._buckets.clear()
+        self._bounds.clear()
 
     def admit(self, key: KeyRow, call: Call, now: float) -> Permit:
         """Count a request of a key that has limits; LimitError where one has no room."""
         counters = self.counters
         prompt = 0 if call.route == "tokenize" else call.size
         with counters as cells:
-            buckets = self._buckets.get(key.id)
-            if buckets is None or not _hold(cells, buckets):
-                buckets = self._buckets[key.id] = self._rows(key, now)
-            found = quota.admit(cells, buckets, counters.seat, counters.seats, prompt, now)
-            lines = _lines(cells, buckets, now)
+            bounds = self._bounds.get(key.id) or self._look_up(key, now)
+            for id, at in bounds.rows:
+                if cells[at] != id:  # it was idle, and is somebody else's now
+                    bounds = self._look_up(key, now)
+                    break
+            found = quota.admit(cells, bounds, counters.seat, counters.seats, prompt, now)
+            lines = _lines(cells, bounds, now)
         if isinstance(found, Refusal):
             _refuse(found, key, lines)
         found.lines = lines
@@ -87,7 +89,7 @@ class Throttle:
             self._looked_s = now
             counters.free_dead()
 
-    def _rows(self, key: KeyRow, now: float) -> tuple[Bucket, ...]:
+    def _look_up(self, key: KeyRow, now: float) -> Bounds:
         found = []
         for limits in key.quotas:
             id = self.counters.id_of(f"{limits.of}:{key.id if limits.of == 'key' else key.tenant}")
@@ -96,29 +98,22 @@ class Throttle:
                 message = f"More than {ROWS} keys with limits are in use here at once."
                 raise LimitError(message, "Try again in a minute.", quota.SECONDS)
             found.append(Bucket(limits, id, at))
-        return tuple(found)
-
-
-def _hold(cells: Cells, buckets: tuple[Bucket, ...]) -> bool:
-    """Their rows are still theirs."""
-    return all(cells[at + quota.ID] == id for _, id, at in buckets)
+        bounds = self._bounds[key.id] = Bounds(found)
+        return bounds
 
 
 def _refuse(found: Refusal, key: KeyRow, lines: bytes) -> NoReturn:
-    whose = "This API key has" if found.quota.of == "key" else f"The tenant '{key.tenant}' has"
+    whose = "This API key has" if found.of == "key" else f"The tenant '{key.tenant}' has"
     message = f"{whose} reached its limit of {found.value} {WORDS[found.limit]}."
     raise LimitError(message, f"Try again in {math.ceil(found.wait_s)} s, or later.", found.wait_s, lines)
 
 
-def _lines(cells: Cells, buckets: tuple[Bucket, ...], now: float) -> bytes:
+def _lines(cells: Cells, bounds: Bounds, now: float) -> bytes:
     """OpenAI's header lines, of the limits with least room."""
-    requests = [
-        (*quota.left(cells, at + quota.REQUESTS, q.rpm, now), q.rpm) for q, _, at in buckets if q.rpm is not None
-    ]
-    tokens = [(*quota.left(cells, at + quota.TOKENS, q.tpm, now), q.tpm) for q, _, at in buckets if q.tpm is not None]
     lines = b""
-    for name, found in ((b"requests", requests), (b"tokens", tokens)):
-        if found:
-            room, empty_s, limit = min(found)
+    for name, windows in ((b"requests", bounds.requests), (b"tokens", bounds.tokens)):
+        if windows:
+            at, limit, _ = windows[0] if len(windows) == 1 else min(windows, key=lambda w: w.limit - cells[w.at + SUM])
+            room, empty_s = quota.left(cells, at, limit, now)
             lines += _HEADERS % (name, limit, name, room, name, math.ceil(empty_s))
     return lines
