@@ -24,6 +24,7 @@ from neaptide.fleet.listen import address, bind
 from neaptide.fleet.process import ChildSpec
 from neaptide.fleet.state import StateDir, write_private
 from neaptide.fleet.supervisor import Report, Supervisor
+from neaptide.gateway import counters
 from neaptide.specs import ControlSpec, GatewaySpec
 from neaptide.tls.context import serving
 from neaptide.tls.settings import ListenTls
@@ -126,6 +127,7 @@ class Service:
         self._say = say
         self.api = f"{_scheme(settings.tls)}://{address(sockets.api[0])}/v1"
         self.admin = f"{_scheme(settings.admin.tls)}://{address(sockets.admin)}/"
+        self.counters_fd = counters.create()
         self.token = secrets.token_hex(32)  # this boot's: shared by its processes, never stored
         self.pepper = state.secret(state.pepper)
         self.key = state.secret(state.key, "sk-" + secrets.token_urlsafe(32))
@@ -230,11 +232,11 @@ class Service:
             version=__version__,
             tls=self.settings.tls,
             tls_leaf=str(self.state.api_leaf),
+            counters_fd=self.counters_fd,
         )
         document = msgspec.Raw(msgspec.json.encode(spec))
-        return ChildSpec(
-            kind="gateway", id=id, epoch=epoch, module="neaptide.gateway", document=document, fds=(listen_fd,)
-        )
+        fds = (listen_fd, self.counters_fd)
+        return ChildSpec(kind="gateway", id=id, epoch=epoch, module="neaptide.gateway", document=document, fds=fds)
 
 
 def _scheme(tls: ListenTls | None) -> str:

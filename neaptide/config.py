@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 import yaml
 
+from neaptide.elastic import check_scale, check_told
 from neaptide.errors import ConfigError
 from neaptide.remotes import check_traffic
 from neaptide.specs import EngineOptions
@@ -129,6 +130,9 @@ class Price(Part, frozen=True, kw_only=True):
 class TenantSettings(Part, frozen=True, kw_only=True):
     weight: float = 1.0  # of tokens, where several tenants wait for the same model
     data: Literal["any", "inside"] = "any"  # inside: its requests never go to a replica that is outside
+    rpm: int | None = None  # of all its keys together: requests in any minute; None: no limit
+    tpm: int | None = None  # tokens in any minute, of prompts and answers
+    concurrency: int | None = None  # requests at once, those that wait included
 
 
 class Settings(Part, frozen=True, kw_only=True):
@@ -317,6 +321,10 @@ def _checked(s: Settings, origin: str, base: Path) -> Settings:
         if tenant.data == "inside" and s.auth == "off":
             what = f"{origin}: tenants.{name}.data: inside, and auth is off"
             raise ConfigError(what, why="nobody's tenant is known then", code="E108", fix="set auth: keys")
+        for limit, value in (("rpm", tenant.rpm), ("tpm", tenant.tpm), ("concurrency", tenant.concurrency)):
+            if value is not None and not 1 <= value <= 10**12:
+                what = f"{origin}: tenants.{name}.{limit}: {value}"
+                raise ConfigError(what, code="E108", fix="1 or more, or leave it out for no limit")
     taken: dict[str, str] = {}
     for name, model in s.models.items():
         for label in (name, *model.aliases):
@@ -359,8 +367,8 @@ def _check_pools(s: Settings, origin: str, taken: dict[str, str]) -> None:
                 raise ConfigError(what, code="E108", fix="a model is in one pool, once")
             pool_of[model] = key
         _check_members(key, pool, s.models)
-        _check_scale(pool.scale, f"{key}.scale")
-        _check_told(pool.scale, f"{key}.scale", any(s.models[m].gpus for m in pool.models))
+        check_scale(pool.scale, f"{key}.scale")
+        check_told(pool.scale, f"{key}.scale", any(s.models[m].gpus for m in pool.models))
 
 
 def _check_members(key: str, pool: PoolSettings, models: dict[str, ModelSettings]) -> None:
@@ -383,8 +391,8 @@ def _check_members(key: str, pool: PoolSettings, models: dict[str, ModelSettings
 
 def _resolved(name: str, m: ModelSettings, base: Path) -> ModelSettings:
     key = f"models.{name}"
-    _check_scale(m.scale, f"{key}.scale")
-    _check_told(m.scale, f"{key}.scale", bool(m.gpus))
+    check_scale(m.scale, f"{key}.scale")
+    check_told(m.scale, f"{key}.scale", bool(m.gpus))
     for i, exporter in enumerate(m.gpus):
         _check_gpus(exporter, f"{key}.gpus[{i}]")
     if m.replicas and m.scale.max > m.scale.min:
@@ -410,42 +418,6 @@ def _resolved(name: str, m: ModelSettings, base: Path) -> ModelSettings:
     return msgspec.structs.replace(m, replicas=remotes, source=source)
 
 
-def _check_scale(s: Scale, key: str) -> None:
-    if s.min < 0 or s.max < s.min:
-        raise ConfigError(f"{key}: min {s.min}, max {s.max}", code="E108", fix="0 <= min <= max")
-    if s.target is not None and not 0 < s.target < math.inf:
-        raise ConfigError(f"{key}.target: {s.target:g}", code="E108", fix="a number over 0, such as 0.8")
-    for name, price in (("price_per_hour", s.price_per_hour), ("budget_per_hour", s.budget_per_hour or 0.0)):
-        if not 0 <= price < math.inf:
-            raise ConfigError(f"{key}.{name}: {price:g}", code="E108", fix="0 or more")
-    if s.budget_per_hour is not None and not s.price_per_hour:
-        raise ConfigError(f"{key}: a budget without a price", code="E108", fix=f"add {key}.price_per_hour")
-    if not s.standby.is_sane:
-        what = f"{key}.standby: max {s.standby.max}, rent {s.standby.rent:g}"
-        raise ConfigError(what, code="E108", fix="max: 0 or more; rent: over 0, at most 1, such as 0.1")
-    if bool(s.rules) != (s.policy == "thresholds"):
-        fix = f"add {key}.rules" if not s.rules else f"set {key}.policy: thresholds, or remove the rules"
-        raise ConfigError(f"{key}: policy {s.policy} with {len(s.rules)} rules", code="E108", fix=fix)
-    for i, rule in enumerate(s.rules):
-        _check_rule(rule, f"{key}.rules[{i}]")
-    for i, event in enumerate(s.calendar):
-        span_s(event, f"{key}.calendar[{i}]")
-
-
-def _check_rule(r: Rule, key: str) -> None:
-    if (r.above is None) == (r.below is None):
-        raise ConfigError(f"{key}: either above or below", code="E108", fix=f"{key}: {{signal: {r.signal}, above: 4}}")
-    if r.add == 0 or min(r.for_s, r.cooldown_s) < 0:
-        fix = "add: 1 or more, or -1 or less; for_s and cooldown_s: 0 or more"
-        raise ConfigError(f"{key}: add {r.add}, for_s {r.for_s:g}, cooldown_s {r.cooldown_s:g}", code="E108", fix=fix)
-
-
-def _check_told(s: Scale, key: str, has_gpus: bool) -> None:
-    if not has_gpus and any(rule.signal == "gpu_usage" for rule in s.rules):
-        fix = "add gpus to the model: gpus: [{url: http://127.0.0.1:9400/metrics}]"
-        raise ConfigError(f"{key}: a rule on gpu_usage, and no exporter tells of it", code="E108", fix=fix)
-
-
 def _check_gpus(g: GpuSource, key: str) -> None:
     if not _is_plain_url(g.url):
         fix = "write it as http://host:9400/metrics, without a name and password"
@@ -469,20 +441,6 @@ def _is_plain_url(url: str) -> bool:
         return bool(at.hostname) and at.port != 0
     except ValueError:  # a port that is none, an IPv6 address that is none
         return False
-
-
-def span_s(event: Event, key: str = "calendar") -> tuple[float, float]:
-    """An event's start and end in wall seconds; times without an offset are local. ConfigError when it has none."""
-    try:
-        start, end = (datetime.datetime.fromisoformat(t).timestamp() for t in (event.start, event.end))
-    except (ValueError, OverflowError) as e:
-        fix = "write 2026-11-11T20:00, or 2026-11-11T20:00+08:00"
-        raise ConfigError(f"{key}: {e}", code="E108", fix=fix) from None
-    if end <= start:
-        raise ConfigError(f"{key}: it ends at {event.end}, before it starts", code="E108", fix="start before end")
-    if not 0 < event.factor < math.inf:
-        raise ConfigError(f"{key}.factor: {event.factor:g}", code="E108", fix="a number over 0: 3 for three times")
-    return start, end
 
 
 def _remote(r: RemoteReplica, key: str, base: Path) -> RemoteReplica:

@@ -81,6 +81,7 @@ class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     tls: ListenTls | None = None
     tls_leaf: str = ""  # where the certificate in force is told
+    counters_fd: int | None = None  # what all gateways of this host count limits in; None: this one counts alone
 
 
 class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):

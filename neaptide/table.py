@@ -23,7 +23,7 @@ Of budgets (docs/decisions/0039-budgets-in-leases.md), each in the order of send
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -79,6 +79,22 @@ class DeploymentRow(msgspec.Struct, frozen=True, kw_only=True):
     affinity: bool = False  # prompts that begin alike go to the same replica: it has a prefix cache that they share
 
 
+class Quota(msgspec.Struct, frozen=True, array_like=True):
+    """What a key may take, or all keys of a tenant together; None: without limit."""
+
+    of: Literal["key", "tenant"]
+    rpm: int | None = None  # requests in any minute
+    tpm: int | None = None  # tokens in any minute, of prompts and answers
+    concurrency: int | None = None  # requests at once, those that wait included
+
+
+def quotas(
+    of: Literal["key", "tenant"], rpm: int | None, tpm: int | None, concurrency: int | None
+) -> tuple[Quota, ...]:
+    """One, or none where there is no limit."""
+    return () if rpm is tpm is concurrency is None else (Quota(of, rpm, tpm, concurrency),)
+
+
 class KeyRow(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     digest: str  # hex of blake2b(key, key=pepper, digest_size=32)
@@ -91,6 +107,9 @@ class KeyRow(msgspec.Struct, frozen=True, kw_only=True):
     disabled: bool = False
     budgets: tuple[str, ...] = ()  # that its requests are paid from, by their names in this period
     strict: bool = False  # they reserve all of the max_tokens that they ask for
+    expires_wall_s: float | None = None  # refused from then on; None: never
+    scopes: tuple[str, ...] = ()  # inference | models | tokenize; empty: all
+    quotas: tuple[Quota, ...] = ()  # its own and its tenant's
 
 
 class Prices(msgspec.Struct, frozen=True, kw_only=True):

@@ -33,6 +33,7 @@ from neaptide.control.port import (
     DownReport,
     GatewayStatus,
     GroupBy,
+    KeyChange,
     KeyInfo,
     Keys,
     LedgerStatus,
@@ -184,6 +185,15 @@ class FakeControl:
         info = KeyInfo(id=f"k{len(self.held) + 1}", tail="wxyz", **msgspec.structs.asdict(new))
         self.held.append(info)
         return CreatedKey(key="sk-neap-secretwxyz", info=info)
+
+    async def set_key(self, key_id: str, change: KeyChange) -> KeyInfo:
+        self.asked.append(change)
+        named = {k: v for k, v in msgspec.structs.asdict(change).items() if v is not msgspec.UNSET}
+        for i, info in enumerate(self.held):
+            if info.id == key_id:
+                self.held[i] = msgspec.structs.replace(info, **named)
+                return self.held[i]
+        raise NotFoundError(f"no key {key_id!r}", fix="neaptide keys list")
 
     async def revoke_key(self, key_id: str) -> KeyInfo:
         for i, info in enumerate(self.held):

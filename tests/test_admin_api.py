@@ -153,6 +153,24 @@ def test_keys_are_made_listed_and_revoked(api: Api) -> None:
     assert api.error("DELETE", "/api/v1/keys/nobody") == (404, "E601")
 
 
+def test_of_a_key_only_what_is_named_changes(api: Api) -> None:
+    body = b'{"expires_wall_s": 1800000000, "scopes": ["inference"], "rpm": 60, "tpm": 9000}'
+    made = api.ask("POST", "/api/v1/keys", body)[2]["info"]
+    assert (made["expires_wall_s"], made["scopes"], made["rpm"], made["concurrency"]) == (
+        1.8e9,
+        ["inference"],
+        60,
+        None,
+    )
+    path = f"/api/v1/keys/{made['id']}"
+    status, _, changed = api.ask("PATCH", path, b'{"rpm": null, "concurrency": 4, "scopes": []}')
+    assert (status, changed) == (200, {**made, "rpm": None, "concurrency": 4, "scopes": []})
+    assert changed in api.ask("GET", "/api/v1/keys")[2]["rows"]
+    assert api.error("PATCH", "/api/v1/keys/nobody", b'{"rpm": 1}') == (404, "E601")
+    for wrong in (b'{"rpm": "1"}', b'{"scopes": ["admin"]}', b'{"name": "x"}', b'{"scopes": null}'):
+        assert api.error("PATCH", path, wrong) == (400, "E605")
+
+
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b"{", b'{"nmae": "x"}', b'{"name": 7}', b'{"priority": "urgent"}', b'{"name": null}']
 )

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from neaptide.control.port import NewBudget, NewKey, UsageFilter
+from neaptide.cli.keys import until
+from neaptide.control.port import KeyChange, KeyInfo, NewBudget, NewKey, UsageFilter
 from neaptide.errors import StorageError
 from tests.admin_fake import FakeControl, admin_server, write_state
 from tests.cli_run import cli, environment
@@ -122,6 +123,64 @@ def test_a_key_whose_data_stays_inside_is_made_and_listed_as_such(control: FakeC
     assert control.asked == [NewKey(inside=True)]
     (row,) = [line for line in ask(control, "keys", "list").stdout.splitlines() if "…wxyz" in line]
     assert "active, inside" in row
+
+
+def test_keys_create_tells_until_when_for_what_and_how_much(control: FakeControl) -> None:
+    limits = ("--rpm", "60", "--tpm", "12000", "--concurrency", "4")
+    ask(
+        control,
+        "keys",
+        "create",
+        "--expires",
+        "2026-12-31T18:00+08:00",
+        "--scope",
+        "models",
+        "--scope",
+        "inference",
+        *limits,
+    )
+    (asked,) = control.asked
+    at = 1_798_711_200.0
+    assert asked == NewKey(expires_wall_s=at, scopes=("models", "inference"), rpm=60, tpm=12_000, concurrency=4)
+    listed = ask(control, "keys", "list").stdout
+    assert "60 rpm, 12,000 tpm, 4 at once" in listed
+    assert "models, inference" in listed
+
+
+def test_keys_list_marks_what_has_expired(control: FakeControl) -> None:
+    control.held = [KeyInfo(id="old", expires_wall_s=1_000_000_000.0), KeyInfo(id="new", expires_wall_s=9e9)]
+    lines = ask(control, "keys", "list").stdout.splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == ["expired", "active"]
+
+
+def test_keys_set_changes_what_is_named(control: FakeControl) -> None:
+    told(control, "keys", "set", "k1", "--rpm", "5", "--tpm", "none", "--expires", "never", "--scope", "all")
+    assert control.asked == [KeyChange(rpm=5, tpm=None, expires_wall_s=None, scopes=())]
+    assert (control.held[0].rpm, control.held[0].concurrency) == (5, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "nothing to set"),
+        (("--rpm", "0"), "--rpm '0' is no limit"),
+        (("--tpm", "1.5"), "--tpm '1.5' is no limit"),
+        (("--expires", "2026-12-31T10:00"), "--expires '2026-12-31T10:00' is not a time"),
+        (("--expires", "soon"), "--expires 'soon' is not a time"),
+    ],
+)
+def test_keys_set_refuses_what_it_does_not_understand(
+    control: FakeControl, options: tuple[str, ...], said: str
+) -> None:
+    done = ask(control, "keys", "set", "k1", *options)
+    assert (done.returncode, said in done.stderr) == (2, True)
+    assert control.asked == []
+
+
+def test_an_expiry_is_a_span_a_day_or_a_time_with_its_zone() -> None:
+    assert until("90m", 1000.0) == 1000.0 + 5400
+    assert until("30d", 1000.0) == 1000.0 + 30 * 86400
+    assert until("2026-12-31", 0.0) == until("2026-12-31T00:00Z", 0.0) == until("2026-12-31T08:00+08:00", 0.0)
 
 
 def test_keys_revoke_disables_it(control: FakeControl) -> None:

@@ -24,6 +24,7 @@ from neaptide.table import ReplicaRow
 from tests.gateway_kit import PEPPER, key_row
 
 SALT = bytes.fromhex(PEPPER)
+NOW_S = 1_790_000_000.0  # wall time
 
 
 def refusal(call, *args) -> RequestError:
@@ -38,9 +39,9 @@ def refusal(call, *args) -> RequestError:
 def test_a_key_is_found_by_its_keyed_hash_and_remembered():
     row = key_row("sk-a", tenant="t")
     keys = Keys([row, key_row("sk-b")], SALT)
-    assert keys.find(b"Bearer sk-a") is row
-    assert keys.find(b"bearer  sk-a") is row
-    assert keys.find(b"Bearer sk-a") is row
+    assert keys.find(b"Bearer sk-a", NOW_S) is row
+    assert keys.find(b"bearer  sk-a", NOW_S) is row
+    assert keys.find(b"Bearer sk-a", NOW_S) is row
 
 
 @pytest.mark.parametrize(
@@ -58,19 +59,38 @@ def test_a_key_is_found_by_its_keyed_hash_and_remembered():
 )
 def test_other_authorization_is_401(header: bytes | None, slug: str):
     keys = Keys([key_row("sk-a"), key_row("sk-off", disabled=True)], SALT)
-    error = refusal(keys.find, header)
+    error = refusal(keys.find, header, NOW_S)
     assert (error.status, error.slug) == (401, slug)
 
 
 def test_with_auth_off_anybody_is_served():
-    assert Keys([], SALT, required=False).find(None) is ANYBODY
+    assert Keys([], SALT, required=False).find(None, NOW_S) is ANYBODY
 
 
 def test_rejected_keys_are_never_remembered():
     keys = Keys([key_row("sk-a")], SALT)
     for i in range(100):
-        refusal(keys.find, b"Bearer no-%d" % i)
+        refusal(keys.find, b"Bearer no-%d" % i, NOW_S)
     assert len(keys._seen) == 0
+
+
+def test_an_expired_key_is_refused_from_its_second_on_and_forgotten():
+    keys = Keys([key_row("sk-a", expires_wall_s=NOW_S)], SALT)
+    assert keys.find(b"Bearer sk-a", NOW_S - 0.001).id == "id-a"
+    for wall_s in (NOW_S, NOW_S + 1e6):
+        error = refusal(keys.find, b"Bearer sk-a", wall_s)
+        assert (error.status, error.slug) == (401, "expired_api_key")
+        assert "2026-09-21 14:13:20+00:00" in error.what
+        assert len(keys._seen) == 0
+
+
+def test_a_key_may_be_bound_to_scopes():
+    admit.check_scope(key_row(), "models")
+    admit.check_scope(key_row(scopes=("models", "inference")), "models")
+    error = refusal(admit.check_scope, key_row(scopes=("inference", "tokenize")), "models")
+    assert (error.status, error.slug) == (403, "scope_not_allowed")
+    assert "'models'" in error.what
+    assert "inference, tokenize" in error.what
 
 
 def test_a_key_may_be_bound_to_models():

@@ -16,7 +16,7 @@ LAYERS = (
     ("types",),
     ("errors",),
     ("tls",),
-    ("clock", "config", "wire", "link", "table", "specs", "remotes", "lifeline", "journal"),
+    ("clock", "config", "wire", "link", "table", "specs", "remotes", "elastic", "lifeline", "journal"),
     ("cost", "observe"),
     ("engine", "fleet", "models"),
     ("gateway", "control"),
@@ -29,6 +29,7 @@ LAYERS = (
 NEIGHBOURS = {
     ("config", "table"): "the limits and timeouts an operator writes are the ones gateways are told",
     ("config", "specs"): "the options an operator writes are the ones a replica is told",
+    ("config", "elastic"): "bounds, rules and calendars are checked where they are read",
     ("config", "remotes"): "shares of traffic are checked where they are read",
     ("journal", "clock"): "a record's time comes from where all time comes from",
     ("engine", "models"): "what a model directory holds is read and checked in one place",

@@ -36,6 +36,7 @@ from neaptide.control.port import (
     Decisions,
     DownReport,
     GroupBy,
+    KeyChange,
     KeyInfo,
     Keys,
     Models,
@@ -137,6 +138,9 @@ OPERATIONS = (
     Operation("listKeys", "GET", "/keys", Keys, lambda a: a.port.keys()),
     Operation(
         "createKey", "POST", "/keys", CreatedKey, lambda a: a.port.create_key(a.body), NoQuery, NewKey, status=201
+    ),
+    Operation(
+        "setKey", "PATCH", "/keys/{id}", KeyInfo, lambda a: a.port.set_key(a.path["id"], a.body), NoQuery, KeyChange
     ),
     Operation("revokeKey", "DELETE", "/keys/{id}", KeyInfo, lambda a: a.port.revoke_key(a.path["id"])),
     Operation("listBudgets", "GET", "/budgets", Budgets, lambda a: a.port.budgets()),

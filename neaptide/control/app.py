@@ -42,6 +42,7 @@ from neaptide.control.port import (
     Decisions,
     DownReport,
     GroupBy,
+    KeyChange,
     KeyInfo,
     Keys,
     Models,
@@ -403,6 +404,11 @@ class Control:
         created = await self.books.create_key(new)
         self._publish()
         return created
+
+    async def set_key(self, key_id: str, change: KeyChange) -> KeyInfo:
+        changed = await self.books.set_key(key_id, change)
+        self._publish()
+        return changed
 
     async def revoke_key(self, key_id: str) -> KeyInfo:
         revoked = await self.books.revoke_key(key_id)

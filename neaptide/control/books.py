@@ -11,7 +11,9 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
+
+import msgspec
 
 from neaptide.clock import RealClock, mono_s
 from neaptide.config import Settings
@@ -19,6 +21,7 @@ from neaptide.control import backup as archive
 from neaptide.control import port
 from neaptide.control.keys import KeyInfo, KeyStore
 from neaptide.control.lender import Lender
+from neaptide.cost.accounts import Terms
 from neaptide.cost.budgets import A_SCOPE, Budget, check
 from neaptide.cost.intake import Intake
 from neaptide.cost.leases import Lease, Leases
@@ -182,11 +185,16 @@ class Books:
                 project=new.project or "default",
                 priority=new.priority,
                 models=new.models,
-                inside=new.inside,
+                terms=Terms(**_terms(new)),
             )
         )
         await self._reload()
         return port.CreatedKey(key=made.secret, info=_shown(made.info))
+
+    async def set_key(self, key_id: str, change: port.KeyChange) -> port.KeyInfo:
+        info = await self._call(lambda: self._keys().set(key_id, _terms(change)))
+        await self._reload()
+        return _shown(info)
 
     async def revoke_key(self, key_id: str) -> port.KeyInfo:
         info = await self._call(lambda: self._keys().revoke(key_id))
@@ -312,7 +320,25 @@ def _shown(info: KeyInfo) -> port.KeyInfo:
         inside=info.inside,
         created_wall_s=info.created_s,
         disabled=info.disabled,
+        expires_wall_s=info.expires_s,
+        scopes=cast(tuple[port.Scope, ...], info.scopes),
+        rpm=info.rpm,
+        tpm=info.tpm,
+        concurrency=info.concurrency,
     )
+
+
+def _terms(asked: port.NewKey | port.KeyChange) -> dict[str, Any]:
+    """Those it names."""
+    named: dict[str, Any] = {
+        "expires_s": asked.expires_wall_s,
+        "inside": asked.inside,
+        "scopes": asked.scopes,
+        "rpm": asked.rpm,
+        "tpm": asked.tpm,
+        "concurrency": asked.concurrency,
+    }
+    return {name: value for name, value in named.items() if value is not msgspec.UNSET}
 
 
 def _filter(where: port.UsageFilter) -> UsageFilter:

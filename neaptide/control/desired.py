@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from neaptide.config import ModelSettings, PoolSettings, Settings
+from neaptide.config import ModelSettings, PoolSettings, Settings, TenantSettings
 from neaptide.control.port import ApplyReport, Change
 from neaptide.specs import MemberSpec
-from neaptide.table import DeploymentRow, KeyRow, Prices, Slow
+from neaptide.table import DeploymentRow, KeyRow, Prices, Slow, quotas
 from neaptide.types import Deployment, Revision, Slo
 
 AT_NEXT_UP = ("listen", "tls", "admin", "gateways", "journal", "access_log", "ledger")
@@ -118,7 +118,7 @@ def slow_part(
         )
     return Slow(
         deployments=tuple(rows),
-        keys=_classed(keys, settings),
+        keys=_limited(_classed(keys, settings), settings.tenants),
         limits=settings.limits,
         cors=settings.cors,
         auth=settings.auth == "keys",
@@ -133,6 +133,16 @@ def _classed(keys: tuple[KeyRow, ...], settings: Settings) -> tuple[KeyRow, ...]
     if not inside:
         return keys
     return tuple(msgspec.structs.replace(k, inside=True) if k.tenant in inside else k for k in keys)
+
+
+def _limited(keys: tuple[KeyRow, ...], tenants: Mapping[str, TenantSettings]) -> tuple[KeyRow, ...]:
+    """`keys`, each with its tenant's limits beside its own."""
+    theirs = {name: quotas("tenant", t.rpm, t.tpm, t.concurrency) for name, t in tenants.items()}
+    if not any(theirs.values()):
+        return keys
+    return tuple(
+        msgspec.structs.replace(k, quotas=k.quotas + theirs[k.tenant]) if theirs.get(k.tenant) else k for k in keys
+    )
 
 
 def difference(old: Settings, new: Settings, replicas: Mapping[str, list[str]], dry_run: bool) -> ApplyReport:

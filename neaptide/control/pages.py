@@ -27,6 +27,7 @@ EXAMPLES: dict[str, Any] = {
     "createCompletion": {"model": "guide", "prompt": "Neaptide is", "max_tokens": 32},
     "tokenize": {"model": "guide", "prompt": "What is TTFT?"},
     "createKey": {"name": "my laptop"},
+    "setKey": {"rpm": 60, "concurrency": 4},
     "setScale": {"model": "guide", "replicas": 2, "for_s": 7200},
     "createAdmin": {"role": "viewer", "name": "ann"},
 }

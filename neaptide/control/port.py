@@ -16,6 +16,7 @@ from neaptide.cost.budgets import Period, Unit
 from neaptide.errors import NeaptideError
 from neaptide.types import Choice, Override, Priority, ReplicaState, Scale, Slo, Traits, Usage
 
+Scope = Literal["inference", "models", "tokenize"]
 GroupBy = Literal["model", "key", "tenant", "project", "day", "outcome"]
 
 
@@ -283,6 +284,11 @@ class KeyInfo(Answer, frozen=True):
     inside: bool = False  # as it was made; its tenant may say the same of all its keys
     created_wall_s: float = 0.0
     disabled: bool = False
+    expires_wall_s: float | None = None  # None: never
+    scopes: tuple[Scope, ...] = ()  # empty: all
+    rpm: int | None = None  # None: no limit
+    tpm: int | None = None
+    concurrency: int | None = None
 
 
 class NewKey(Ask, frozen=True):
@@ -292,6 +298,22 @@ class NewKey(Ask, frozen=True):
     priority: Priority = "normal"  # the highest class it may ask for
     models: tuple[str, ...] = ()
     inside: bool = False  # its requests never go to a replica that is outside
+    expires_wall_s: float | None = None
+    scopes: tuple[Scope, ...] = ()
+    rpm: int | None = None
+    tpm: int | None = None
+    concurrency: int | None = None
+
+
+class KeyChange(Ask, frozen=True):
+    """What it does not name stays; null takes a limit or the expiry away."""
+
+    expires_wall_s: float | msgspec.UnsetType | None = msgspec.UNSET
+    inside: bool | msgspec.UnsetType = msgspec.UNSET
+    scopes: tuple[Scope, ...] | msgspec.UnsetType = msgspec.UNSET
+    rpm: int | msgspec.UnsetType | None = msgspec.UNSET
+    tpm: int | msgspec.UnsetType | None = msgspec.UNSET
+    concurrency: int | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class CreatedKey(Answer, frozen=True):
@@ -432,6 +454,9 @@ class ControlPort(Protocol):
     async def keys(self) -> Keys: ...
 
     async def create_key(self, new: NewKey) -> CreatedKey: ...
+
+    async def set_key(self, key_id: str, change: KeyChange) -> KeyInfo:
+        """The key as it stands after; gateways hold it to that once their table has it. NotFoundError."""
 
     async def revoke_key(self, key_id: str) -> KeyInfo:
         """The key as it stands after: disabled, and refused by every gateway once its table has it. NotFoundError."""

@@ -76,6 +76,11 @@ keys = Table(
     Column("last_four", Text, nullable=False),  # for display
     Column("created_s", Double, nullable=False),
     Column("disabled_s", Double),
+    Column("expires_s", Double),  # NULL: never
+    Column("scopes", Text, nullable=False, server_default="[]"),  # JSON list; empty: all
+    Column("rpm", BigInteger),  # NULL: no limit; so the two below
+    Column("tpm", BigInteger),
+    Column("concurrency", BigInteger),
     ForeignKeyConstraint(["organisation_id", "team_id"], ["teams.organisation_id", "teams.id"]),
     ForeignKeyConstraint(["organisation_id", "project_id"], ["projects.organisation_id", "projects.id"]),
 )

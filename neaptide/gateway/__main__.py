@@ -18,6 +18,7 @@ from neaptide import __version__, lifeline
 from neaptide.clock import mono_s, wall_s
 from neaptide.errors import RequestError
 from neaptide.gateway.access import AccessLog
+from neaptide.gateway.counters import Counters
 from neaptide.gateway.door import Door
 from neaptide.gateway.follow import Follower
 from neaptide.gateway.metrics import Metrics
@@ -25,6 +26,7 @@ from neaptide.gateway.route import Target
 from neaptide.gateway.routes import Routes
 from neaptide.gateway.secure import Secure
 from neaptide.gateway.server import Server
+from neaptide.gateway.throttle import Throttle
 from neaptide.gateway.upstream import Upstream
 from neaptide.gateway.upstream_http import HttpPool
 from neaptide.gateway.upstream_link import LinkClient
@@ -58,6 +60,7 @@ class Gateway:
             self._connect,
             metrics=Metrics(spec.version or __version__),
             access=self.access,
+            throttle=Throttle(Counters(spec.counters_fd)),
         )
         self.routes = Routes(self.door, spec.version or __version__)
         self.trust = Trust()

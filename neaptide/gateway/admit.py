@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 from neaptide.errors import RequestError
@@ -14,6 +15,7 @@ from neaptide.types import Priority
 
 CLASSES: tuple[Priority, ...] = ("low", "normal", "high")
 SEEN_AT_MOST = 4096
+SCOPE_OF = {"tokenize": "tokenize"}  # by route; the others are inference
 ANYBODY = KeyRow(id="", digest="", priority="high")  # who calls where the config says `auth: off`
 
 
@@ -34,14 +36,18 @@ class Keys:
         self._seen: dict[bytes, KeyRow] = {}
         self.required = required
 
-    def find(self, authorization: bytes | None) -> KeyRow:
-        """The key's row. RequestError 401 when it is absent, malformed, unknown or disabled."""
+    def find(self, authorization: bytes | None, wall_s: float) -> KeyRow:
+        """The key's row. RequestError 401 when it is absent, malformed, unknown, disabled or expired."""
         if not self.required:
             return ANYBODY
         if authorization is None:
             raise _unauthorised("no API key was sent", "missing_api_key")
-        row = self._seen.get(authorization)
-        return row if row is not None else self._look_up(authorization)
+        row = self._seen.get(authorization) or self._look_up(authorization)
+        if row.expires_wall_s is not None and wall_s >= row.expires_wall_s:
+            self._seen.pop(authorization, None)
+            when = datetime.fromtimestamp(row.expires_wall_s, UTC).isoformat(" ", "seconds")
+            raise _unauthorised(f"the API key expired at {when}", "expired_api_key")
+        return row
 
     def _look_up(self, authorization: bytes) -> KeyRow:
         scheme, _, key = authorization.partition(b" ")
@@ -80,6 +86,18 @@ def check_model(key: KeyRow, model: str) -> None:
     if key.models and model not in key.models:
         raise RequestError(
             403, f"This API key may not use the model '{model}'.", slug="model_not_allowed", param="model"
+        )
+
+
+def check_scope(key: KeyRow, scope: str) -> None:
+    """RequestError 403 where `key` has scopes and this is none of them."""
+    if key.scopes and scope not in key.scopes:
+        has = ", ".join(key.scopes)
+        raise RequestError(
+            403,
+            f"This needs a key with the scope '{scope}'; this API key has: {has}.",
+            slug="scope_not_allowed",
+            fix="Use another key, or have the scope added: `neaptide keys set`.",
         )
 
 

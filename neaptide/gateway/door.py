@@ -21,6 +21,7 @@ from neaptide.gateway.lane import Lane
 from neaptide.gateway.metrics import Metrics
 from neaptide.gateway.route import Target
 from neaptide.gateway.shares import PROMPT_BYTE
+from neaptide.gateway.throttle import Throttle
 from neaptide.gateway.till import Till
 from neaptide.gateway.upstream import Upstream
 from neaptide.table import Gauges, KeyRow, ReplicaRow, Table
@@ -54,11 +55,13 @@ class Door:
         *,
         metrics: Metrics | None = None,
         access: AccessLog | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         self.name = name
         self.journal = journal
         self.metrics = metrics or Metrics()
         self.access = access
+        self.throttle = throttle or Throttle()
         self.ids = ids.Ids()
         self.table = Table()
         self.held = False  # a table was installed
@@ -92,11 +95,13 @@ class Door:
             if terms is None:
                 terms = call.terms = admit.terms(call.headers, key)
             deadline_s = admit.deadline_s(call.headers, asked.stream, call.arrived_s) if terms.timed else FOREVER
+            permit = self.throttle.admit(key, call, now) if key.quotas else None
         except RequestError as error:
             self.refuse(connection, call, error, now)
             return
         connection.exchange = exchange = Exchange(self, connection, call, key, lane, asked, terms.priority, deadline_s)
         exchange.pinned = terms.revision
+        exchange.permit = permit
         self.live.add(exchange)
         lane.metrics.arrivals += 1
         if deadline_s < FOREVER and (late := lane.hopeless(exchange, now)) is not None:
@@ -228,6 +233,8 @@ class Door:
             exchange.charge(usage.output_tokens)
             if usage.outcome == "ok" and usage.output_tokens:
                 lane.served(now, usage.duration_s - usage.queued_s, usage.output_tokens)
+        if exchange.permit is not None:
+            self.throttle.settle(exchange.permit, usage, exchange.begun, now)
         lane.tokens += exchange.tokens
         lane.metrics.count(usage)
         row = self.journal.end(usage, exchange.say_last)
@@ -308,6 +315,7 @@ class Door:
             if exchange.state != DONE:
                 exchange.charge(exchange.tokens)
                 overdue.check(exchange, now)
+        self.throttle.sweep(self.live, now)
 
     def end_all(self, error: RequestError, now: float) -> None:
         """The process ends: everybody is told."""
@@ -331,6 +339,7 @@ class Door:
         self.table, self.held = table, True
         self.till.install(table.slow)
         self.keys = admit.Keys(table.slow.keys, self._pepper, table.slow.auth)
+        self.throttle.renew()
         lanes: dict[str, Lane] = {}
         for row in table.slow.deployments:
             lane = self.lanes.get(row.model) or Lane(row, self.metrics.model(row.model), self._familiar)

@@ -23,6 +23,7 @@ from neaptide.gateway import answer, record, resume, sse
 from neaptide.gateway.affinity import CONVERSATION, blocks_of, conversation_of
 from neaptide.gateway.call import Call
 from neaptide.gateway.queue import Ticket
+from neaptide.gateway.quota import Permit
 from neaptide.gateway.record import Timing
 from neaptide.gateway.route import Target
 from neaptide.gateway.shares import Account
@@ -62,8 +63,8 @@ class Exchange:
         "_broken", "_held", "_hide", "_last", "_length", "_plain", "_recent", "account", "answer", "asked",
         "attempts", "barren", "begun", "bill", "body", "call", "charged", "connection", "counts", "deadline_s", "door",
         "end", "error", "finish", "handle", "ids", "key", "lane", "lost_s", "made", "opened", "outcome", "paused_s",
-        "pinned", "priority", "prompt_bytes", "rank", "resumes", "revision", "sent_s", "state", "state_s", "target",
-        "ticket", "timing", "transcript", "tried", "waited_s", "wanted",
+        "permit", "pinned", "priority", "prompt_bytes", "rank", "resumes", "revision", "sent_s", "state", "state_s",
+        "target", "ticket", "timing", "transcript", "tried", "waited_s", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -81,6 +82,7 @@ class Exchange:
         self.asked, self.deadline_s = asked, deadline_s
         self.priority, self.rank = priority, RANKS[priority]
         self.account, self.charged = NOBODY, 0  # its tenant's; how many of its tokens were charged
+        self.permit: Permit | None = None  # of a key with limits
         self.body = call.body  # as its replica is to get it
         self.prompt_bytes = call.size
         self.state, self.state_s = WAITING, call.arrived_s
@@ -433,7 +435,8 @@ class Exchange:
         if length is None and not call.http11:
             length, call.close = -1, True
         head = self.answer
-        return self.connection.head(call, head.status, head.content_type, length, head.passed)
+        lines = head.passed if self.permit is None else head.passed + self.permit.lines
+        return self.connection.head(call, head.status, head.content_type, length, lines)
 
     def _say(self, status: int, content_type: bytes, *, events: bool = False) -> None:
         """The head of a link's answer; the lines that its replica sent before stay."""

@@ -9,7 +9,7 @@ import msgspec
 
 from neaptide.clock import wall_s
 from neaptide.errors import RequestError
-from neaptide.gateway import answer, metrics
+from neaptide.gateway import admit, answer, metrics
 from neaptide.gateway.call import Call
 from neaptide.gateway.connection import Connection
 from neaptide.gateway.door import Door
@@ -51,7 +51,9 @@ class Routes:
         if not self.door.held:
             raise RequestError(503, "The gateway is starting.", slug="starting", retry_after_s=1.0)
         call.keys = self.door.keys
-        call.key = call.keys.find(call.headers.get(b"authorization"))
+        call.key = key = call.keys.find(call.headers.get(b"authorization"), call.wall_s)
+        if key.scopes:
+            admit.check_scope(key, admit.SCOPE_OF.get(route, "inference"))
         call.route = route
         coding = call.headers.get(b"content-encoding")
         if coding is not None and coding.lower() != b"identity":
@@ -63,9 +65,12 @@ class Routes:
             )
 
     def again(self, call: Call, body: bytes, now: float) -> bool:
+        now_wall_s, key = wall_s(), call.key
         if call.keys is not self.door.keys:  # the table has changed since
             return False
-        call.renew(body, now, self.door.ids, wall_s())
+        if key is not None and key.expires_wall_s is not None and now_wall_s >= key.expires_wall_s:
+            return False
+        call.renew(body, now, self.door.ids, now_wall_s)
         return True
 
     def enter(self, connection: Connection, call: Call, now: float) -> None:
@@ -85,7 +90,8 @@ class Routes:
     def _judge_page(self, call: Call, path: bytes) -> None:
         if path == MODELS or path.startswith(MODELS + b"/"):
             _check_method(call, b"GET, HEAD")
-            call.key = self.door.keys.find(call.headers.get(b"authorization"))
+            call.key = self.door.keys.find(call.headers.get(b"authorization"), call.wall_s)
+            admit.check_scope(call.key, "models")
             if path != MODELS:
                 self._model(call)
         elif path in OPEN_PAGES:
