@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -222,13 +223,16 @@ def test_the_verbs_make_list_and_revoke_tokens_and_the_environment_names_one(tmp
         assert "not shown again" in done.stderr
         token = done.stdout.strip()
         assert token.startswith(tokens.PREFIX)
-        elsewhere = {"NEAPTIDE_ADMIN_URL": url, "NEAPTIDE_ADMIN_TOKEN": token}
-        nowhere = ("--state", str(tmp_path / "nowhere"))
-        listed = json.loads(cli("admins", "list", "--json", *nowhere, **elsewhere).stdout)["rows"]
-        refused = cli("keys", "create", *nowhere, **elsewhere)
+
+        def elsewhere(*args: str) -> subprocess.CompletedProcess[str]:
+            nowhere = ("--state", str(tmp_path / "nowhere"))
+            return cli(*args, *nowhere, NEAPTIDE_ADMIN_URL=url, NEAPTIDE_ADMIN_TOKEN=token)
+
+        listed = json.loads(elsewhere("admins", "list", "--json").stdout)["rows"]
+        refused = elsewhere("keys", "create")
         assert (refused.returncode, "error[E620]" in refused.stderr) == (4, True)
         assert cli("admins", "revoke", listed[1]["id"], *at).returncode == 0
-        assert cli("status", *nowhere, **elsewhere).returncode == 4
+        assert elsewhere("status").returncode == 4
 
 
 def test_an_address_without_a_token_is_not_given_the_hosts_own(tmp_path: Path) -> None:

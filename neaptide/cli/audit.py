@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -44,7 +45,7 @@ def audit(
     table("", [say(f"audit.col.{c}") for c in columns], [_row(row) for row in rows])
 
 
-def _newest(api: client.Admin, where: dict[str, object], limit: int) -> tuple[AuditRow, ...]:
+def _newest(api: client.Admin, where: Mapping[str, object], limit: int) -> tuple[AuditRow, ...]:
     rows: tuple[AuditRow, ...] = ()
     while len(rows) < limit:
         asked = min(PAGE, limit - len(rows))
