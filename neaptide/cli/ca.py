@@ -36,7 +36,7 @@ def init(session: Session, name: str, days: int, folder: Path | None) -> None:
     if session.as_json:
         session.data({"cert": str(cert), "key": str(cert.with_suffix(".key"))})
         return
-    session.note(say("ca.made", key=cert.with_suffix(".key")))
+    session.note(say("ca.made", path=cert.with_suffix(".key")))
     click.echo(cert)
 
 
