@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from asyncio import StreamReader as Reader
+from asyncio import StreamWriter as Writer
 from collections.abc import Awaitable, Callable
 from copy import copy
 from dataclasses import dataclass, field
@@ -37,7 +39,6 @@ from tests.gateway_kit import (
 )
 from tests.test_gateway_link import opened
 
-Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 TEXT = 'the "tide" é 船 rises\n\n  and 😀 falls [DONE] at \\n noon, data: {} and ends.'
 TOKENS = re.findall(r"\s*\S+", TEXT)
 PROMPT = 7  # tokens of what the client says

@@ -194,7 +194,7 @@ def asked(text: str = "so far", tokens: int = 2, chat: bool = True, **fields: An
 
 
 def test_a_chat_gets_a_last_message_and_its_limits_are_less_what_came() -> None:
-    limits = {"max_tokens": 9, "max_completion_tokens": 8, "min_tokens": 1}
+    limits: dict[str, Any] = {"max_tokens": 9, "max_completion_tokens": 8, "min_tokens": 1}
     body = asked(**limits, temperature=0.7, logit_bias={"5": 1})
     assert body == {
         **BODY, "temperature": 0.7, "logit_bias": {"5": 1},
