@@ -172,8 +172,8 @@ def test_no_table_and_no_request_sends_data_outside_that_stays_inside(
         exchange.tried = tuple(r.id for r in rows[:tried])
         if begun:
             exchange.ids, exchange.revision = bytearray(4), "a"
-            for target in lane.targets:
-                target.resumes = True
+            for any_of_them in lane.targets:
+                any_of_them.resumes = True
         target = lane.pick(exchange, float(now))
         if target is None:
             assert not lane.fits(exchange, float(now))
