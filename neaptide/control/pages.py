@@ -27,6 +27,7 @@ EXAMPLES: dict[str, Any] = {
     "createCompletion": {"model": "guide", "prompt": "Neaptide is", "max_tokens": 32},
     "tokenize": {"model": "guide", "prompt": "What is TTFT?"},
     "createKey": {"name": "my laptop"},
+    "setBudget": {"scope": "tenant:acme", "unit": "money", "amount": 100, "period": "month"},
     "setScale": {"model": "guide", "replicas": 2, "for_s": 7200},
 }
 QUERIES = {
@@ -35,6 +36,7 @@ QUERIES = {
     "listUsage": "limit=20",
     "explainScale": "model=guide",
     "clearScale": "model=guide",
+    "removeBudget": "id=tenant:acme:money:month",
     "listShadows": "days=7",
     "down": "grace_s=20",
 }
