@@ -84,7 +84,7 @@ class Usage(Noun, frozen=True, kw_only=True):
     degraded: str = ""
     attempts: tuple[Attempt, ...] = ()
     price_version: int = 0  # by which its gateway has counted; 0: the one in force at its start
-    paid: tuple[Paid, ...] = ()  # from its key's budgets
+    paid: tuple[tuple[str, int, int], ...] = ()  # a Paid of each of its key's budgets
 
 
 class Begin(Struct, frozen=True, kw_only=True):

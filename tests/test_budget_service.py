@@ -58,6 +58,7 @@ def budget(service: Service, scope: str, *amount: str) -> dict[str, Any]:
 
 
 def listed(service: Service, scope: str) -> dict[str, Any]:
+    row: dict[str, Any]
     (row,) = [r for r in admin(service, "api/v1/budgets")["rows"] if r["scope"] == scope]
     return row
 

@@ -28,6 +28,7 @@ EXAMPLES: dict[str, Any] = {
     "tokenize": {"model": "guide", "prompt": "What is TTFT?"},
     "createKey": {"name": "my laptop"},
     "setKey": {"rpm": 60, "concurrency": 4},
+    "setBudget": {"scope": "tenant:acme", "unit": "money", "amount": 100, "period": "month"},
     "setScale": {"model": "guide", "replicas": 2, "for_s": 7200},
     "createAdmin": {"role": "viewer", "name": "ann"},
 }
@@ -37,6 +38,7 @@ QUERIES = {
     "listUsage": "limit=20",
     "explainScale": "model=guide",
     "clearScale": "model=guide",
+    "removeBudget": "id=tenant:acme:money:month",
     "listShadows": "days=7",
     "listAudit": "limit=20",
     "down": "grace_s=20",
