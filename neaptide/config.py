@@ -20,7 +20,7 @@ import yaml
 
 from neaptide.errors import ConfigError
 from neaptide.specs import EngineOptions
-from neaptide.table import Cors, Limits, Timeouts
+from neaptide.table import Caching, Cors, Limits, Timeouts
 from neaptide.types import Event, Rule, Scale, Slo, Spares, Standby
 
 DEFAULT_TEXT = """\
@@ -79,6 +79,7 @@ class ModelSettings(Part, frozen=True, kw_only=True):
     max_wait_s: float = 60.0
     max_tokens_default: int = 1024
     prefix_cache: Literal["shared", "tenant", "off"] = "shared"
+    cache: Caching = Caching()
 
 
 class PoolSettings(Part, frozen=True, kw_only=True):
@@ -287,7 +288,8 @@ def _unknown_key(name: str, where: str, origin: str) -> ConfigError:
 
 
 def _parts() -> list[type[msgspec.Struct]]:
-    return [*Part.__subclasses__(), EngineOptions, Limits, Cors, Timeouts, Scale, Standby, Spares, Slo, Rule, Event]
+    told = (EngineOptions, Limits, Cors, Timeouts, Caching, Scale, Standby, Spares, Slo, Rule, Event)
+    return [*Part.__subclasses__(), *told]
 
 
 def _checked(s: Settings, origin: str, base: Path) -> Settings:
@@ -369,6 +371,9 @@ def _resolved(name: str, m: ModelSettings, base: Path) -> ModelSettings:
     key = f"models.{name}"
     _check_scale(m.scale, f"{key}.scale")
     _check_told(m.scale, f"{key}.scale", bool(m.gpus))
+    if not m.cache.is_sane:
+        what = f"{key}.cache: ttl_s {m.cache.ttl_s:g}, memory_mib {m.cache.memory_mib}, price {m.cache.price:g}"
+        raise ConfigError(what, code="E108", fix="ttl_s: 0 (off) or more; memory_mib: 1 or more; price: 0 to 1")
     for i, exporter in enumerate(m.gpus):
         _check_gpus(exporter, f"{key}.gpus[{i}]")
     if m.replicas and m.scale.max > m.scale.min:

@@ -29,6 +29,18 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     total_s: float = 900.0
 
 
+class Caching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Answers that are given again to identical requests of one tenant, in each gateway process."""
+
+    ttl_s: float = 0.0  # how old an answer may be; 0: none is kept
+    memory_mib: int = 64  # for answers, those being recorded included
+    price: float = 0.0  # of one that is given again, as a share of the list price
+
+    @property
+    def is_sane(self) -> bool:
+        return 0 <= self.ttl_s < float("inf") and self.memory_mib >= 1 and 0 <= self.price <= 1
+
+
 class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     model: str  # the deployment's name
@@ -62,6 +74,7 @@ class DeploymentRow(msgspec.Struct, frozen=True, kw_only=True):
     failing: str = ""  # why no replica starts; non-empty and no replica: 503 with this text
     slo_ttft_s: float = 1.0  # a first token that comes later is counted as late
     affinity: bool = False  # prompts that begin alike go to the same replica: it has a prefix cache that they share
+    cache: Caching = Caching()
 
 
 class KeyRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,6 +24,10 @@ from neaptide.types import Usage
 CLOCK = VirtualClock(wall_s=1_790_000_000.0)
 
 
+LAST = migrate.revisions()[-1]
+NEXT = f"{int(LAST) + 1:04}_next.py"  # a step that this version does not have yet
+
+
 def at_revision(path: Path, revision: str) -> None:
     with closing(sqlite3.connect(path)) as db, db:
         db.execute("UPDATE alembic_version SET version_num = ?", (revision,))
@@ -77,9 +81,9 @@ def older(tmp_path: Path) -> Path:
     open_ledger("", tmp_path, CLOCK).close()
     steps = tmp_path / "migrations"
     subprocess.run(["cp", "-r", str(migrate.HERE), str(steps)], check=True)
-    (steps / "versions" / "0002_next.py").write_text(
+    (steps / "versions" / NEXT).write_text(
         "from alembic import op\nimport sqlalchemy as sa\n"
-        "revision, down_revision, branch_labels, depends_on = '0002', '0001', None, None\n"
+        f"revision, down_revision, branch_labels, depends_on = '{NEXT[:4]}', '{LAST}', None, None\n"
         "def upgrade():\n    op.add_column('meta', sa.Column('note', sa.Text()))\n"
     )
     return tmp_path
@@ -93,7 +97,7 @@ def test_a_copy_is_made_before_a_step_and_three_are_kept(older: Path) -> None:
             db.execute("INSERT INTO meta VALUES (?, 'x')", (f"round {i}",))
         copy = migrate.upgrade(database, CLOCK.wall_s() + i, steps=state / "migrations")
         assert copy is not None
-        assert copy.name == f"ledger.db.bak-0001-20260921T14132{i}Z"
+        assert copy.name == f"ledger.db.bak-{LAST}-20260921T14132{i}Z"
         os.utime(copy, (i, i))
         with closing(sqlite3.connect(copy)) as db:
             assert db.execute("SELECT name FROM meta ORDER BY name").fetchall()[-1] == (f"round {i}",)
@@ -101,7 +105,7 @@ def test_a_copy_is_made_before_a_step_and_three_are_kept(older: Path) -> None:
         with closing(sqlite3.connect(state / "ledger.db")) as db, db:
             assert "note" in [column[1] for column in db.execute("PRAGMA table_info(meta)")]
             db.execute("ALTER TABLE meta DROP COLUMN note")
-        at_revision(state / "ledger.db", "0001")
+        at_revision(state / "ledger.db", LAST)
     kept = sorted(path.name[-3:] for path in state.glob("*.bak-*"))
     assert kept == ["22Z", "23Z", "24Z"]
     assert not list(state.glob("*.part"))
@@ -110,13 +114,13 @@ def test_a_copy_is_made_before_a_step_and_three_are_kept(older: Path) -> None:
 
 def test_a_step_that_fails_leaves_the_ledger_as_it_was(older: Path) -> None:
     state = older
-    step = state / "migrations" / "versions" / "0002_next.py"
+    step = state / "migrations" / "versions" / NEXT
     step.write_text(step.read_text() + "    op.execute('SELECT nonsense')\n")
     database = connect("", state / "ledger.db")
     with pytest.raises(StorageError, match="nonsense"):
         migrate.upgrade(database, CLOCK.wall_s(), steps=state / "migrations")
     with database.read() as connection:
-        assert migrate.current(connection) == "0001"
+        assert migrate.current(connection) == LAST
         assert "note" not in [c["name"] for c in sa.inspect(connection).get_columns("meta")]
     database.close()
     open_ledger("", state, CLOCK).close()

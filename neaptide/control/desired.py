@@ -111,6 +111,7 @@ def slow_part(
                 failing=failing.get(d.model, ""),
                 slo_ttft_s=d.slo.ttft_s,
                 affinity=m.prefix_cache == "shared",
+                cache=m.cache,
             )
         )
     return Slow(

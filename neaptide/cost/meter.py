@@ -8,6 +8,7 @@ from neaptide.cost.prices import PriceList
 from neaptide.types import Charge, Usage
 
 PER_TOKENS = 10**6
+MILLIS = 1000  # of a list price
 MAX_CHARGE_NANOS = 10**14  # 100,000 of the currency for one request
 CHARGED = frozenset({"ok", "aborted"})
 # An answer that we or the replica broke (error, timeout, lost) is not charged, whatever it had already generated: its
@@ -17,8 +18,8 @@ CHARGED = frozenset({"ok", "aborted"})
 def charge(usage: Usage, prices: PriceList) -> Charge | None:
     """The charge at list prices; None where nothing is charged: a failed or refused request, or a model without price.
 
-    Cached prompt tokens are part of prompt_tokens and reasoning tokens part of output_tokens, as in the OpenAI API.
-    Rounded once, half to even.
+    Cached prompt tokens are part of prompt_tokens and reasoning tokens part of output_tokens, as in the OpenAI API. Of
+    an answer that another request brought it is the share that its row says. Rounded once, half to even.
     """
     rate = prices.rates.get(usage.model)
     if rate is None or usage.outcome not in CHARGED:
@@ -31,7 +32,7 @@ def charge(usage: Usage, prices: PriceList) -> Charge | None:
     )
     # A replica that reports absurd counts must not overflow the sums (int64 takes 92,000 of these an hour) and so stop
     # the books for everybody.
-    amount = min(_round_half_even(millionths, PER_TOKENS), MAX_CHARGE_NANOS)
+    amount = min(_round_half_even(millionths * usage.price_millis, PER_TOKENS * MILLIS), MAX_CHARGE_NANOS)
     return Charge(
         request_id=usage.request_id, tenant=usage.tenant, revision=usage.revision, amount_nanos=amount, basis="list"
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from neaptide.cost.meter import MILLIS
 from neaptide.types import Attempt, Usage
 
 MAX_TOKENS = 10**9  # of one request; a replica of somebody else's may report anything, and the sums must stay in int64
@@ -15,7 +16,12 @@ MAX_INT = 2**31 - 1  # statuses
 MAX_BIG = 2**63 - 1
 TEXTS = tuple(f.name for f in msgspec.structs.fields(Usage) if isinstance(f.default, str) or f.name == "request_id")
 TOKENS = ("prompt_tokens", "cached_tokens", "reasoning_tokens", "output_tokens")
-LIMITS = ((TOKENS, MAX_TOKENS), (("prompt_bytes", "max_tokens"), MAX_BIG), (("status",), MAX_INT))
+LIMITS = (
+    (TOKENS, MAX_TOKENS),
+    (("prompt_bytes", "max_tokens"), MAX_BIG),
+    (("status",), MAX_INT),
+    (("price_millis",), MILLIS),
+)
 HOUR_S = 3600
 MAX_WALL_S = 253_402_300_800  # the year 10000
 HOURLY_KEYS = ("hour", "tenant", "project", "key", "model", "outcome")

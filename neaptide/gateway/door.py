@@ -20,6 +20,7 @@ from neaptide.gateway.exchange import DONE, WAITING, Exchange
 from neaptide.gateway.lane import Lane
 from neaptide.gateway.metrics import Metrics
 from neaptide.gateway.route import Target
+from neaptide.gateway.shared import Shared, name_of
 from neaptide.gateway.shares import PROMPT_BYTE
 from neaptide.gateway.upstream import Upstream
 from neaptide.table import Gauges, KeyRow, ReplicaRow, Table
@@ -93,10 +94,22 @@ class Door:
         except RequestError as error:
             self.refuse(connection, call, error, now)
             return
-        connection.exchange = exchange = Exchange(self, connection, call, key, lane, asked, terms.priority, deadline_s)
+        cache = lane.cache
+        name = name_of(lane, call, key, asked.stream, terms.cache) if cache is not None else None
+        if cache is None or name is None:
+            exchange = Exchange(self, connection, call, key, lane, asked, terms.priority, deadline_s)
+        else:
+            exchange = sharing = Shared(self, connection, call, key, lane, asked, terms.priority, deadline_s)
+        connection.exchange = exchange
         self.live.add(exchange)
+        if cache is None or name is None or not sharing.enter(cache, name, now):
+            self.line_up(exchange, now)
+
+    def line_up(self, exchange: Exchange, now: float) -> None:
+        """To a replica, or into the line: its answer has to be made."""
+        lane, key = exchange.lane, exchange.key
         lane.metrics.arrivals += 1
-        if deadline_s < FOREVER and (late := lane.hopeless(exchange, now)) is not None:
+        if exchange.deadline_s < FOREVER and (late := lane.hopeless(exchange, now)) is not None:
             exchange.fail(late, now, "refused")
             return
         line, rank = lane.line, exchange.rank

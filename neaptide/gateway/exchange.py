@@ -59,9 +59,9 @@ class Exchange:
     __slots__ = (
         "_broken", "_held", "_hide", "_last", "_length", "_plain", "_recent", "account", "answer", "asked",
         "attempts", "barren", "begun", "body", "call", "charged", "connection", "counts", "deadline_s", "door", "end",
-        "error", "finish", "handle", "ids", "key", "lane", "lost_s", "made", "opened", "outcome", "paused_s",
-        "priority", "prompt_bytes", "rank", "resumes", "revision", "sent_s", "state", "state_s", "target", "ticket",
-        "timing", "tried", "waited_s",
+        "error", "finish", "handle", "ids", "key", "lane", "lost_s", "made", "marks", "opened", "outcome",
+        "paused_s", "priority", "prompt_bytes", "rank", "resumes", "revision", "says", "sent_s", "state", "state_s",
+        "target", "ticket", "timing", "tried", "waited_s",
     )  # fmt: skip
 
     def __init__(
@@ -96,6 +96,8 @@ class Exchange:
         self.sent_s = self.waited_s = self.paused_s = 0.0
         self.outcome: Outcome = "ok"
         self.error = self.finish = ""
+        self.marks: dict[str, str | int] | None = None  # fields of its row that are seldom set
+        self.says = b""  # header lines of ours
         self.timing = Timing()
         self.counts: Counts | None = None
         self.end: EndHeader | None = None  # what a link's replica told at the end
@@ -425,7 +427,7 @@ class Exchange:
         if length is None and not call.http11:
             length, call.close = -1, True
         head = self.answer
-        return self.connection.head(call, head.status, head.content_type, length, head.passed)
+        return self.connection.head(call, head.status, head.content_type, length, self.says + head.passed)
 
     def _say(self, status: int, content_type: bytes, *, events: bool = False) -> None:
         """The head of a link's answer; the lines that its replica sent before stay."""

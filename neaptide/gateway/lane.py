@@ -9,6 +9,7 @@ from zlib import crc32
 from neaptide.errors import RequestError
 from neaptide.gateway import resume, route
 from neaptide.gateway.affinity import Familiar
+from neaptide.gateway.cache import Cache
 from neaptide.gateway.metrics import ModelMetrics
 from neaptide.gateway.queue import Line, May
 from neaptide.gateway.route import Target
@@ -27,12 +28,13 @@ class Lane:
     """Lives as long as its deployment is in the table, or a request of it runs."""
 
     __slots__ = (
-        "_by_id", "_familiar", "_hopeless", "_longest_s", "_took", "line", "metrics", "row", "running", "seed",
+        "_by_id", "_familiar", "_hopeless", "_longest_s", "_took", "cache", "line", "metrics", "row", "running", "seed",
         "targets", "tokens", "turn",
     )  # fmt: skip
 
     def __init__(self, row: DeploymentRow, metrics: ModelMetrics, familiar: Familiar) -> None:
         self.row = row
+        self.cache: Cache | None = None  # of its answers
         self.seed = crc32(row.model.encode())
         self.metrics = metrics
         metrics.slo_ttft_s = row.slo_ttft_s
@@ -114,6 +116,12 @@ class Lane:
         self.row = row
         self.metrics.slo_ttft_s = row.slo_ttft_s
         self.line.cap, self.line.max_wait_s = row.max_waiting, row.max_wait_s
+        if not row.cache.ttl_s:
+            self.cache = None
+        elif self.cache is None:
+            self.cache = Cache(row.cache)
+        else:
+            self.cache.adopt(row.cache)
 
     def gauge(self, now: float, tokens: int) -> ModelGauge:
         """`tokens`: of the requests that still run."""

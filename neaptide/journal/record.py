@@ -34,6 +34,7 @@ FIELD_BYTES = {
     "finish": 32,
     "error": 192,
     "degraded": 64,
+    "cache": 16,
 }
 MAX_ATTEMPTS = 6
 INT_LIMIT = 2**63 - 1
