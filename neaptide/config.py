@@ -20,7 +20,7 @@ import yaml
 
 from neaptide.errors import ConfigError
 from neaptide.specs import EngineOptions
-from neaptide.table import Caching, Cors, Limits, Timeouts
+from neaptide.table import Caching, Cors, Degrade, Limits, Timeouts, unsound
 from neaptide.types import Event, Rule, Scale, Slo, Spares, Standby
 
 DEFAULT_TEXT = """\
@@ -80,6 +80,7 @@ class ModelSettings(Part, frozen=True, kw_only=True):
     max_tokens_default: int = 1024
     prefix_cache: Literal["shared", "tenant", "off"] = "shared"
     cache: Caching = Caching()
+    degrade: tuple[Degrade, ...] = ()  # under pressure
 
 
 class PoolSettings(Part, frozen=True, kw_only=True):
@@ -288,7 +289,7 @@ def _unknown_key(name: str, where: str, origin: str) -> ConfigError:
 
 
 def _parts() -> list[type[msgspec.Struct]]:
-    told = (EngineOptions, Limits, Cors, Timeouts, Caching, Scale, Standby, Spares, Slo, Rule, Event)
+    told = (EngineOptions, Limits, Cors, Timeouts, Caching, Degrade, Scale, Standby, Spares, Slo, Rule, Event)
     return [*Part.__subclasses__(), *told]
 
 
@@ -317,6 +318,8 @@ def _checked(s: Settings, origin: str, base: Path) -> Settings:
             if label in taken:
                 raise ConfigError(f"{origin}: {label!r} names both {taken[label]} and {name}", code="E107")
             taken[label] = name
+        if wrong := unsound(model.degrade, model.cache.ttl_s > 0, s.models.keys() - {name}):
+            raise ConfigError(f"{origin}: models.{name}.degrade: {wrong}", code="E108", fix="docs/configuration.md")
     _check_pools(s, origin, taken)
     return msgspec.structs.replace(
         s,

@@ -14,8 +14,8 @@ gateway persists what it holds (0600) and starts from it while control is away.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -39,6 +39,44 @@ class Caching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def is_sane(self) -> bool:
         return 0 <= self.ttl_s < float("inf") and self.memory_mib >= 1 and 0 <= self.price <= 1
+
+
+class Degrade(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Under pressure: once a newcomer would wait longer than `wait_s`, one of the others."""
+
+    wait_s: float
+    max_tokens: int | None = None  # answers are no longer than that
+    model: str = ""  # requests go to this deployment
+    stale_s: float | None = None  # an answer from the cache may be so old
+    refuse: Literal["low"] | None = None  # requests of this class are refused
+
+    @property
+    def kinds(self) -> list[str]:
+        """What it does: exactly one of DEGRADES, if it is sound."""
+        return [name for name in DEGRADES if getattr(self, name) not in (None, "")]
+
+
+DEGRADES = ("max_tokens", "model", "stale_s", "refuse")  # in the order in which they are to come
+
+
+def unsound(steps: Sequence[Degrade], cached: bool, others: Collection[str]) -> str:
+    """What is wrong with these steps of a deployment; "" where nothing is. `others`: the models they may name."""
+    before = 0.0, -1
+    for step in steps:
+        kinds, most = step.kinds, step.max_tokens if step.stale_s is None else step.stale_s
+        if len(kinds) != 1 or not before[0] < step.wait_s < float("inf") or not (most is None or most > 0):
+            return (
+                "each step has one of max_tokens, model, stale_s and refuse, over 0, and a longer wait_s than the last"
+            )
+        if step.model and step.model not in others:
+            return f"{step.model} is no other model of this file"
+        if step.stale_s is not None and not cached:
+            return "stale_s needs a cache: add cache: {ttl_s: 300}"
+        place = DEGRADES.index(kinds[0])
+        if place <= before[1]:
+            return f"the order is {', '.join(DEGRADES)}, each once"
+        before = step.wait_s, place
+    return ""
 
 
 class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +113,7 @@ class DeploymentRow(msgspec.Struct, frozen=True, kw_only=True):
     slo_ttft_s: float = 1.0  # a first token that comes later is counted as late
     affinity: bool = False  # prompts that begin alike go to the same replica: it has a prefix cache that they share
     cache: Caching = Caching()
+    degrade: tuple[Degrade, ...] = ()
 
 
 class KeyRow(msgspec.Struct, frozen=True, kw_only=True):

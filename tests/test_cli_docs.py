@@ -14,7 +14,7 @@ import pytest
 from neaptide import config
 from neaptide.cli import build
 from neaptide.specs import EngineOptions
-from neaptide.table import Caching, Cors, Limits, Timeouts
+from neaptide.table import Caching, Cors, Degrade, Limits, Timeouts
 from neaptide.types import Event, Rule, Scale, Slo, Spares, Standby
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +32,7 @@ PLACES: dict[str, type[msgspec.Struct]] = {
     "models.NAME.slo.": Slo,
     "models.NAME.timeouts.": Timeouts,
     "models.NAME.cache.": Caching,
+    "models.NAME.degrade[].": Degrade,
     "models.NAME.replicas[].": config.RemoteReplica,
     "models.NAME.gpus[].": config.GpuSource,
     "pools.NAME.": config.PoolSettings,

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from neaptide.clock import mono_s
 from neaptide.table import Caching, Timeouts
 from tests.gateway_kit import (
     AUTH,
@@ -205,6 +206,12 @@ def test_an_answer_that_is_not_whole_or_too_large_is_not_kept_and_all_who_wait_a
 # ------------------------------------------------------------------------------------------------ asked together
 
 
+async def listening(replica: FakeReplica, reader: Reader, writer: Writer, asked: Asked) -> None:
+    """Says nothing, and notices when the gateway hangs up."""
+    if not await reader.read(1):
+        raise ConnectionResetError
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_identical_requests_in_flight_are_one_call(stream: bool) -> None:
     async def main() -> None:
@@ -248,8 +255,7 @@ def test_a_leader_whose_client_leaves_goes_on_for_the_others() -> None:
 
 def test_when_all_have_left_the_replica_is_told() -> None:
     async def main() -> None:
-        release = asyncio.Event()
-        async with serving(holding(release), deployment=CACHE) as (running, (replica,)):
+        async with serving(listening, deployment=CACHE) as (running, (replica,)):
             for client in await asks(running, 3):
                 await until(lambda: replica.asked)
                 client.close()
@@ -317,11 +323,11 @@ def test_a_waiting_leader_that_leaves_is_followed_by_the_next_in_the_line() -> N
 def test_those_who_follow_one_that_waits_in_vain_do_not_begin_to_wait_anew() -> None:
     async def main() -> None:
         release = asyncio.Event()
-        deployment = {**CACHE, "max_wait_s": 0.3}
-        async with serving(holding(release), deployment=deployment, replica={"max_running": 1}) as (running, _):
+        async with serving(holding(release), deployment=CACHE, replica={"max_running": 1}) as (running, _):
             await asks(running, 1, seed=1)
-            clients = await asks(running, 20)
-            await until(lambda: len(running.journal.rows) == 20)
+            clients = await asks(running, 10)
+            running.door.sweep(mono_s() + 61.0)
+            assert running.door.lanes["m"].line.waiting == 0
             answers = [await client.answer() for client in clients]
             assert {(a.status, a.code) for a in answers} == {(429, "wait_expired")}
             assert all("retry-after" in a.headers for a in answers)
@@ -353,7 +359,8 @@ def test_a_follower_keeps_its_own_deadline() -> None:
         release = asyncio.Event()
         async with serving(holding(release), deployment=CACHE) as (running, (replica,)):
             (leader,) = await asks(running, 1)
-            (hasty,) = await asks(running, 1, AUTH + b"x-neaptide-deadline-ms: 300\r\n")
+            (hasty,) = await asks(running, 1, AUTH + b"x-neaptide-deadline-ms: 60000\r\n")
+            running.door.sweep(mono_s() + 61.0)
             answer = await hasty.answer()
             assert (answer.status, answer.code) == (504, "deadline_exceeded")
             release.set()
@@ -365,14 +372,16 @@ def test_a_follower_keeps_its_own_deadline() -> None:
 
 def test_a_leader_that_runs_into_a_time_limit_leaves_the_others_their_chance() -> None:
     async def main() -> None:
-        deployment = {**CACHE, "timeouts": Timeouts(first_byte_s=0.2)}
-        async with serving(holding(asyncio.Event()), reply_json, deployment=deployment) as (running, replicas):
-            clients = await asks(running, 2)
-            held = [r for r in replicas if r.asked]
+        async def second(replica: FakeReplica, reader: Reader, writer: Writer, asked: Asked) -> None:
+            await (listening if len(replica.asked) == 1 else reply_json)(replica, reader, writer, asked)
+
+        async with serving(second, deployment=CACHE) as (running, (replica,)):
+            clients = await asks(running, 3)
+            await until(lambda: replica.running == 1)
+            running.door.sweep(mono_s() + Timeouts().first_byte_s + 1.0)
             answers = [await client.answer() for client in clients]
-            assert answers[0].status in (200, 504)  # whichever of the two it got
-            assert answers[1].status == 200
-            assert held
+            assert [a.status for a in answers] == [504, 200, 200]
+            assert [said(a) for a in answers[1:]] == ["miss", "shared"]
 
     run(main())
 

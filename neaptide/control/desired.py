@@ -112,6 +112,7 @@ def slow_part(
                 slo_ttft_s=d.slo.ttft_s,
                 affinity=m.prefix_cache == "shared",
                 cache=m.cache,
+                degrade=m.degrade,
             )
         )
     return Slow(

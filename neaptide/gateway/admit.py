@@ -60,20 +60,21 @@ class Keys:
 
 
 class Terms(NamedTuple):
-    """What a head asks of how its request is served: its class, whether it sets a deadline, and whether its answer may
-    come from the cache (None: if it is no matter of chance)."""
+    """What a head asks of how its request is served: its class, whether it sets a deadline, whether its answer may come
+    from the cache (None: if it is no matter of chance), and whether it may be made less under pressure."""
 
     priority: Priority
     timed: bool
     cache: bool | None
+    degrade: bool
 
 
 def terms(headers: Mapping[bytes, bytes], key: KeyRow) -> Terms:
     """RequestError 400 for a class that is none, or a choice that is neither yes nor no."""
     timed = b"x-neaptide-deadline-ms" in headers or b"x-stainless-read-timeout" in headers
-    return Terms(
-        priority(headers.get(b"x-neaptide-priority"), key), timed, choice(headers, b"x-neaptide-cache", "invalid_cache")
-    )
+    wanted = choice(headers, b"x-neaptide-cache", "invalid_cache")
+    degrade = choice(headers, b"x-neaptide-degrade", "invalid_degrade") is not False
+    return Terms(priority(headers.get(b"x-neaptide-priority"), key), timed, wanted, degrade)
 
 
 def choice(headers: Mapping[bytes, bytes], name: bytes, slug: str) -> bool | None:

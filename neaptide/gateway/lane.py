@@ -10,6 +10,7 @@ from neaptide.errors import RequestError
 from neaptide.gateway import resume, route
 from neaptide.gateway.affinity import Familiar
 from neaptide.gateway.cache import Cache
+from neaptide.gateway.degrade import Relief
 from neaptide.gateway.metrics import ModelMetrics
 from neaptide.gateway.queue import Line, May
 from neaptide.gateway.route import Target
@@ -28,13 +29,14 @@ class Lane:
     """Lives as long as its deployment is in the table, or a request of it runs."""
 
     __slots__ = (
-        "_by_id", "_familiar", "_hopeless", "_longest_s", "_took", "cache", "line", "metrics", "row", "running", "seed",
-        "targets", "tokens", "turn",
+        "_by_id", "_familiar", "_hopeless", "_longest_s", "_took", "cache", "line", "metrics", "relief", "row",
+        "running", "seed", "targets", "tokens", "turn",
     )  # fmt: skip
 
     def __init__(self, row: DeploymentRow, metrics: ModelMetrics, familiar: Familiar) -> None:
         self.row = row
         self.cache: Cache | None = None  # of its answers
+        self.relief: Relief | None = None  # what is done under pressure
         self.seed = crc32(row.model.encode())
         self.metrics = metrics
         metrics.slo_ttft_s = row.slo_ttft_s
@@ -122,6 +124,8 @@ class Lane:
             self.cache = Cache(row.cache)
         else:
             self.cache.adopt(row.cache)
+        if self.relief is None or self.relief.steps != row.degrade:
+            self.relief = Relief(row.degrade) if row.degrade else None
 
     def gauge(self, now: float, tokens: int) -> ModelGauge:
         """`tokens`: of the requests that still run."""

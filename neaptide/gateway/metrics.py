@@ -63,6 +63,7 @@ class ModelMetrics:
         "arrivals",
         "cached",
         "copies",
+        "degraded",
         "done",
         "e2e",
         "ends",
@@ -86,6 +87,7 @@ class ModelMetrics:
         self.held_s = 0.0  # of those served
         self.slo_ttft_s = 1.0
         self.ends: dict[tuple[int, str, str, str], int] = {}
+        self.degraded: dict[str, int] = {}  # what was done under pressure, by how
         self.copies: dict[str, int] = {}  # answers from the cache, by how; the other counters know nothing of them
         self.ttft, self.e2e, self.queue = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
         self.tpot = Histogram(TOKEN_SECONDS)
@@ -177,10 +179,11 @@ class Metrics:
                         continue
                     pairs = ",".join(f'{k}="{escape(v)}"' for k, v in zip(labels, values))
                     out.append(f'{name}{{model_name="{escape(m)}",{pairs}}} {n}')
-        _family(out, "neaptide_cache_answers_total", "counter", "Answers that another request brought, by how.")
-        for m, x in self._models.items():
-            labels = f'model_name="{escape(m)}"'
-            out += [f'neaptide_cache_answers_total{{{labels},how="{how}"}} {n}' for how, n in x.copies.items()]
+        for name, text, field in _BY_HOW:
+            _family(out, name, "counter", text)
+            for m, x in self._models.items():
+                by: dict[str, int] = getattr(x, field)
+                out += [f'{name}{{model_name="{escape(m)}",how="{how}"}} {n}' for how, n in by.items()]
         _family(out, "neaptide_refused_total", "counter", "Requests refused before a model was known, by reason.")
         out += [f'neaptide_refused_total{{reason="{escape(slug)}"}} {n}' for slug, n in self.refused.items()]
 
@@ -202,6 +205,10 @@ _COUNTERS = (
     ("vllm:prompt_tokens_total", "Prompt tokens.", "prompt"),
     ("neaptide_cached_tokens_total", "Prompt tokens served from a prefix cache.", "cached"),
     ("vllm:generation_tokens_total", "Generated tokens.", "output"),
+)
+_BY_HOW = (
+    ("neaptide_cache_answers_total", "Answers that another request brought, by how.", "copies"),
+    ("neaptide_degraded_total", "Requests that were made less under pressure, or refused, by how.", "degraded"),
 )
 _STATUS, _OUTCOME, _ERROR, _FINISH = range(4)  # places in a key of `ends`
 _ENDS = (

@@ -137,6 +137,10 @@ class Routes:
             if lane.cache is not None:
                 labels = f'model_name="{metrics.escape(model)}"'
                 yield "neaptide_cache_bytes", "Answers kept and being recorded.", labels, lane.cache.held_bytes
+        for model, lane in lanes:
+            if lane.relief is not None:
+                labels = f'model_name="{metrics.escape(model)}"'
+                yield "neaptide_degrade_steps", "Steps under pressure in force.", labels, lane.relief.level.steps
         for target in door.targets.values():  # of a pool under the pool's name, once
             labels = f'model_name="{metrics.escape(target.row.model)}",replica="{metrics.escape(target.row.id)}"'
             yield "neaptide_replica_in_flight", "Requests in flight from here.", labels, target.in_flight

@@ -1,6 +1,6 @@
 """A request whose answer may be another's too: it is told again, or it is on its way, or this one makes it.
 
-    enter: kept -> told, no replica is asked        on its way -> waits for it        else: it leads, and records
+    find: kept -> told, no replica is asked        join: on its way -> waits for it; else it leads, and records
 
 The leader is an exchange as any other; what it is told it records. At its end all who follow are told the same. Where
 it has no answer the next of them leads; where its answer is not to be kept, all go their own ways. A leader whose
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from neaptide.clock import mono_s
 from neaptide.errors import RequestError
-from neaptide.gateway import answer, kept
+from neaptide.gateway import answer, degrade, kept
 from neaptide.gateway.cache import ROUTES, Cache, identity
 from neaptide.gateway.exchange import DONE, OPEN, SENT, WAITING, Exchange
 from neaptide.gateway.kept import GOOD_ENDS, PART_BYTES, Kept
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from neaptide.gateway.lane import Lane
     from neaptide.gateway.route import Target
 
+MISS = b"x-neaptide-cache: miss\r\n"
 IDS = {"chat.completions": "chatcmpl-", "completions": "cmpl-"}
 
 
@@ -55,19 +56,33 @@ class Shared(Exchange):
         self._size = 0  # bytes that it has taken of the cache's memory
         self._whole = self.alone = False
 
-    def enter(self, cache: Cache, name: bytes, now: float) -> bool:
-        """Whether it needs no replica: its answer is here or on its way."""
+    def find(self, name: bytes | None, now: float, stale_s: float = 0.0) -> bool:
+        """Whether its answer is here; it is told. Under pressure one that is `stale_s` old may do."""
+        cache = self.lane.cache
+        if cache is None or name is None or self.connection.clogged:
+            return False
+        entry = cache.find(name, now, stale_s)
+        if entry is None:
+            return False
+        age_s = now - entry.at_s
+        is_stale = age_s >= cache.settings.ttl_s
+        if is_stale:
+            degrade.stale(self, age_s)
+        self.told(entry.kept, cache, "stale" if is_stale else "hit", age_s, now)
+        return True
+
+    def join(self, name: bytes | None, now: float) -> bool:
+        """Whether its answer is on its way; else it is from now on."""
+        cache = self.lane.cache
+        if cache is None or name is None:
+            return False
         self._of = self.lane.row.revision
-        entry = cache.find(name, now)
-        if entry is not None and not self.connection.clogged:
-            self.told(entry.kept, cache, "hit", now - entry.at_s, now)
-            return True
         flight = cache.flights.get(name)
         if flight is not None and flight.serves(self):
             flight.followers[self] = None
             self._flight = flight
             return True
-        self.says = b"x-neaptide-cache: miss\r\n"
+        self.says += MISS
         self._flight = cache.flights[name] = Flight(cache, name, self)
         return False
 
@@ -80,7 +95,7 @@ class Shared(Exchange):
             what = f"No replica was free in time ({waited_s:.1f} s)."
             self.fail(RequestError(429, what, slug="wait_expired", retry_after_s=wait_s), now, "refused")
             return
-        self.says = b"x-neaptide-cache: miss\r\n"
+        self.says += MISS
         self.door.line_up(self, now)
 
     def on_its_own(self, now: float) -> None:
