@@ -269,6 +269,33 @@ def test_when_all_have_left_the_replica_is_told() -> None:
     run(main())
 
 
+def test_a_call_that_goes_on_for_others_ends_when_its_answer_grows_too_large_for_them() -> None:
+    async def main() -> None:
+        release = asyncio.Event()
+
+        async def first_grows(replica: FakeReplica, reader: Reader, writer: Writer, asked: Asked) -> None:
+            await release.wait()
+            if len(replica.asked) > 1:
+                await reply_stream(replica, reader, writer, asked)
+                return
+            writer.write(EVENT_HEAD + chunk(event("a" * 20_000)))
+            await listening(replica, reader, writer, asked)
+
+        deployment = {"cache": Caching(ttl_s=60, memory_mib=1)}
+        async with serving(first_grows, deployment=deployment) as (running, (replica,)):
+            leader, follower = await asks(running, 2, stream=True)
+            await until(lambda: replica.running == 1)
+            leader.close()
+            await until(lambda: len(running.server.connections) == 1)
+            release.set()
+            assert len(events((await follower.answer()).body)) == 4
+            await until(lambda: replica.gone == 1)
+            assert [r.outcome for r in running.journal.rows] == ["aborted", "ok"]
+            assert not running.door.live
+
+    run(main())
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_when_the_replica_breaks_off_one_of_the_others_asks_and_the_rest_still_wait(alone: bool) -> None:
     async def main() -> None:

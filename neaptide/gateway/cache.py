@@ -30,7 +30,7 @@ UNTOLD = (
     "prompt_cache_retention",
 )
 MIB = 1 << 20
-LARGEST = 16  # an answer of more than one such part of the memory is not kept
+LARGEST = 64  # an answer of more than one such part of the memory is not kept
 ENTRY_BYTES = 600  # what an entry takes beside its answer, roughly
 
 _decode = msgspec.json.Decoder().decode

@@ -121,8 +121,8 @@ def apply(exchange: Exchange, found: Measures, lanes: Mapping[str, Lane], now: f
             fix="Send it again later, or with `x-neaptide-degrade: no` to wait for its turn.",
             retry_after_s=lane.line.retry_after_s(now, exchange.key.tenant, exchange.rank),
         )
-    body = exchange.call.body
-    shorter = found.max_tokens if found.max_tokens and (asked.max_tokens or math.inf) > found.max_tokens else None
+    body, most = exchange.call.body, math.inf if asked.max_tokens is None else asked.max_tokens
+    shorter = found.max_tokens if 0 < found.max_tokens < most else None
     other = _other(exchange, found.model, lanes, now)
     if b'"min_tokens"' in body:
         shorter = None  # a replica refuses a least that is over the most

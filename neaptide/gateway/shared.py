@@ -130,31 +130,32 @@ class Shared(Exchange):
         return self._flight is None and super().on_chunks(data, now)
 
     def on_body(self, data: bytes, now: float) -> None:
-        self._record(data)
+        self._record(data, now)
         super().on_body(data, now)
 
     def on_end(self, data: bytes, now: float) -> None:
-        self._record(data)
+        self._record(data, now)
         self._whole = True
         super().on_end(data, now)
 
     def on_tokens(self, data: bytes, ids: bytes, now: float) -> None:
-        self._record(data)
+        self._record(data, now)
         super().on_tokens(data, ids, now)
 
     def on_link_end(self, end: EndHeader, data: bytes, now: float) -> None:
-        self._record(data)
+        self._record(data, now)
         self._whole = end.status == 200 and end.finish in GOOD_ENDS
         super().on_link_end(end, data, now)
 
-    def _record(self, data: bytes) -> None:
+    def _record(self, data: bytes, now: float) -> None:
         flight, size = self._flight, len(data) + PART_BYTES
         if flight is None or not data:
             return
         if self._size + size > flight.cache.largest or not flight.cache.take(size):
             self._flight = None
             self._forget(flight)
-            flight.dissolve(mono_s())
+            flight.dissolve(now)
+            self.abandoned(now)
             return
         self._parts.append(data)
         self._size += size
