@@ -308,6 +308,8 @@ HEADERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("x-neaptide-priority", {"enum": ["low", "normal", "high"]}),
     ("x-neaptide-deadline-ms", {"type": "integer", "minimum": 1}),
     ("x-neaptide-conversation", {"type": "string"}),
+    ("x-neaptide-cache", {"enum": ["yes", "no"]}),
+    ("x-neaptide-degrade", {"enum": ["yes", "no"]}),
     ("x-request-id", {"type": "string", "minLength": 1, "maxLength": 128}),
     ("traceparent", {"type": "string"}),
 )

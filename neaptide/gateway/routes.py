@@ -166,7 +166,7 @@ class Routes:
 PREFLIGHT = (
     b"access-control-allow-methods: GET, POST\r\naccess-control-max-age: 600\r\n"
     b"access-control-allow-headers: authorization, content-type, x-request-id, x-neaptide-priority, "
-    b"x-neaptide-deadline-ms, x-neaptide-conversation, "
+    b"x-neaptide-deadline-ms, x-neaptide-conversation, x-neaptide-cache, x-neaptide-degrade, "
     b"x-stainless-arch, x-stainless-async, x-stainless-lang, x-stainless-os, "
     b"x-stainless-package-version, x-stainless-read-timeout, x-stainless-retry-count, x-stainless-runtime, "
     b"x-stainless-runtime-version, x-stainless-timeout\r\n"
