@@ -9,6 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from neaptide import config
+from neaptide.errors import ConfigError
 from neaptide.gateway.cache import ENTRY_BYTES, MIB, UNTOLD, Cache, identity
 from neaptide.gateway.kept import Kept, of_stream, of_whole
 from neaptide.gateway.sse import Counts
@@ -138,6 +140,12 @@ def test_its_bytes_stay_within_the_bound_whatever_is_kept_and_recorded(does: lis
     for size in recorded:
         cache.give(size)
     assert cache.held_bytes >= len(cache) * ENTRY_BYTES
+
+
+@pytest.mark.parametrize("wrong", ["ttl_s: -1", "ttl_s: .inf", "memory_mib: 0", "price: 1.1", "price: -0.1"])
+def test_settings_that_make_no_sense_are_refused_by_name(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=r"models\.guide\.cache"):
+        config.parse(f"models: {{guide: {{cache: {{{wrong}}}}}}}", "the test")
 
 
 # ------------------------------------------------------------------------------------------------ what is kept

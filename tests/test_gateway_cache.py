@@ -203,6 +203,28 @@ def test_an_answer_that_is_not_whole_or_too_large_is_not_kept_and_all_who_wait_a
     run(main())
 
 
+async def long(replica: FakeReplica, reader: Reader, writer: Writer, asked: Asked) -> None:
+    writer.write(answer_bytes(COMPLETION.replace(b'"hi"', b'"%b"' % (b"h" * 12_000))))
+
+
+def test_a_flood_of_different_requests_stays_within_the_memory() -> None:
+    async def main() -> None:
+        deployment = {"cache": Caching(ttl_s=60, memory_mib=1)}
+        async with serving(long, deployment=deployment) as (running, (replica,)):
+            client, cache = await running.connect(), running.door.lanes["m"].cache
+            assert cache is not None
+            for seed in range(120):
+                await client.send(post(chat(**SURE, seed=seed)))
+                await client.answer()
+                assert cache.held_bytes <= 1 << 20
+            assert 70 < len(cache) < 90
+            for seed, how in ((119, "hit"), (0, "miss")):
+                assert said(await running.ask(post(chat(**SURE, seed=seed)))) == how
+            assert len(replica.asked) == 121
+
+    run(main())
+
+
 # ------------------------------------------------------------------------------------------------ asked together
 
 
