@@ -20,8 +20,20 @@ from neaptide.gateway.degrade import CALM_S, LEAVE, NONE, Level, Measures, level
 from neaptide.gateway.queue import Line
 from neaptide.table import Caching, Degrade, DeploymentRow, Fast, ReplicaRow
 from neaptide.wire.peek import peek, splice
-from tests.gateway_kit import AUTH, Answer, FakeReplica, Running, chat, gateway, key_row, post, run, table
-from tests.test_gateway_cache import SURE, asks, holding, reply_by_body, said
+from tests.gateway_kit import (
+    AUTH,
+    Answer,
+    FakeReplica,
+    Running,
+    chat,
+    gateway,
+    key_row,
+    post,
+    reply_by_body,
+    run,
+    table,
+)
+from tests.test_gateway_cache import SURE, asks, holding, said
 
 STEPS = (
     Degrade(wait_s=1, max_tokens=16),
