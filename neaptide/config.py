@@ -22,7 +22,7 @@ from neaptide.elastic import check_scale, check_told
 from neaptide.errors import ConfigError
 from neaptide.remotes import check_traffic
 from neaptide.specs import EngineOptions
-from neaptide.table import Cors, Limits, Timeouts
+from neaptide.table import Caching, Cors, Degrade, Limits, Timeouts, unsound
 from neaptide.tls.settings import ListenTls, ReplicaTls, placed_listener, placed_replica
 from neaptide.types import Event, Rule, Scale, Slo, Spares, Standby
 
@@ -87,6 +87,8 @@ class ModelSettings(Part, frozen=True, kw_only=True):
     max_wait_s: float = 60.0
     max_tokens_default: int = 1024
     prefix_cache: Literal["shared", "tenant", "off"] = "shared"
+    cache: Caching = Caching()
+    degrade: tuple[Degrade, ...] = ()  # under pressure
 
 
 class PoolSettings(Part, frozen=True, kw_only=True):
@@ -301,8 +303,8 @@ def _unknown_key(name: str, where: str, origin: str) -> ConfigError:
 
 
 def _parts() -> list[type[msgspec.Struct]]:
-    return [*Part.__subclasses__(), EngineOptions, Limits, Cors, Timeouts, Scale, Standby, Spares, Slo, Rule, Event,
-            ListenTls, ReplicaTls]  # fmt: skip
+    told = (EngineOptions, Limits, Cors, Timeouts, Caching, Degrade, Scale, Standby, Spares, Slo, Rule, Event)
+    return [*Part.__subclasses__(), *told, ListenTls, ReplicaTls]
 
 
 def _checked(s: Settings, origin: str, base: Path) -> Settings:
@@ -337,6 +339,8 @@ def _checked(s: Settings, origin: str, base: Path) -> Settings:
             if label in taken:
                 raise ConfigError(f"{origin}: {label!r} names both {taken[label]} and {name}", code="E107")
             taken[label] = name
+        if wrong := unsound(model.degrade, model.cache.ttl_s > 0, s.models.keys() - {name}):
+            raise ConfigError(f"{origin}: models.{name}.degrade: {wrong}", code="E108", fix="docs/configuration.md")
     _check_pools(s, origin, taken)
     return msgspec.structs.replace(
         s,
@@ -393,6 +397,9 @@ def _resolved(name: str, m: ModelSettings, base: Path) -> ModelSettings:
     key = f"models.{name}"
     check_scale(m.scale, f"{key}.scale")
     check_told(m.scale, f"{key}.scale", bool(m.gpus))
+    if not m.cache.is_sane:
+        what = f"{key}.cache: ttl_s {m.cache.ttl_s:g}, memory_mib {m.cache.memory_mib}, price {m.cache.price:g}"
+        raise ConfigError(what, code="E108", fix="ttl_s: 0 (off) or more; memory_mib: 1 or more; price: 0 to 1")
     for i, exporter in enumerate(m.gpus):
         _check_gpus(exporter, f"{key}.gpus[{i}]")
     if m.replicas and m.scale.max > m.scale.min:

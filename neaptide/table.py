@@ -22,7 +22,7 @@ Of budgets (docs/decisions/0039-budgets-in-leases.md), each in the order of send
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -38,6 +38,56 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     first_byte_s: float = 300.0
     idle_s: float = 60.0
     total_s: float = 900.0
+
+
+class Caching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Answers that are given again to identical requests of one tenant, in each gateway process."""
+
+    ttl_s: float = 0.0  # how old an answer may be; 0: none is kept
+    memory_mib: int = 64  # for answers, those being recorded included
+    price: float = 0.0  # of one that is given again, as a share of the list price
+
+    @property
+    def is_sane(self) -> bool:
+        return 0 <= self.ttl_s < float("inf") and self.memory_mib >= 1 and 0 <= self.price <= 1
+
+
+class Degrade(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Under pressure: once a newcomer would wait longer than `wait_s`, one of the others."""
+
+    wait_s: float
+    max_tokens: int | None = None  # answers are no longer than that
+    model: str = ""  # requests go to this deployment
+    stale_s: float | None = None  # an answer from the cache may be so old
+    refuse: Literal["low"] | None = None  # requests of this class are refused
+
+    @property
+    def kinds(self) -> list[str]:
+        """What it does: exactly one of DEGRADES, if it is sound."""
+        return [name for name in DEGRADES if getattr(self, name) not in (None, "")]
+
+
+DEGRADES = ("max_tokens", "model", "stale_s", "refuse")  # in the order in which they are to come
+
+
+def unsound(steps: Sequence[Degrade], cached: bool, others: Collection[str]) -> str:
+    """What is wrong with these steps of a deployment; "" where nothing is. `others`: the models they may name."""
+    before = 0.0, -1
+    for step in steps:
+        kinds, most = step.kinds, step.max_tokens if step.stale_s is None else step.stale_s
+        if len(kinds) != 1 or not before[0] < step.wait_s < float("inf") or not (most is None or most > 0):
+            return (
+                "each step has one of max_tokens, model, stale_s and refuse, over 0, and a longer wait_s than the last"
+            )
+        if step.model and step.model not in others:
+            return f"{step.model} is no other model of this file"
+        if step.stale_s is not None and not cached:
+            return "stale_s needs a cache: add cache: {ttl_s: 300}"
+        place = DEGRADES.index(kinds[0])
+        if place <= before[1]:
+            return f"the order is {', '.join(DEGRADES)}, each once"
+        before = step.wait_s, place
+    return ""
 
 
 class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +127,8 @@ class DeploymentRow(msgspec.Struct, frozen=True, kw_only=True):
     slo_ttft_s: float = 1.0  # a first token that comes later is counted as late
     traffic: dict[str, int] = {}  # percent of new requests by revision; empty: whichever replica has room
     affinity: bool = False  # prompts that begin alike go to the same replica: it has a prefix cache that they share
+    cache: Caching = Caching()
+    degrade: tuple[Degrade, ...] = ()
 
 
 class Quota(msgspec.Struct, frozen=True, array_like=True):

@@ -82,6 +82,8 @@ class Usage(Noun, frozen=True, kw_only=True):
     finish: str = ""
     error: str = ""  # slug, bounded
     degraded: str = ""
+    cache: str = ""  # hit | shared | stale: the answer was another request's; nothing was generated for this one
+    price_millis: int = 1000  # thousandths of the list price that it costs
     attempts: tuple[Attempt, ...] = ()
     price_version: int = 0  # by which its gateway has counted; 0: the one in force at its start
     paid: tuple[tuple[str, int, int], ...] = ()  # a Paid of each of its key's budgets

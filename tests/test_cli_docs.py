@@ -14,7 +14,7 @@ import pytest
 from neaptide import config
 from neaptide.cli import build
 from neaptide.specs import EngineOptions
-from neaptide.table import Cors, Limits, Timeouts
+from neaptide.table import Caching, Cors, Degrade, Limits, Timeouts
 from neaptide.tls.settings import ListenTls, ReplicaTls
 from neaptide.types import Event, Rule, Scale, Slo, Spares, Standby
 
@@ -34,6 +34,8 @@ PLACES: dict[str, type[msgspec.Struct]] = {
     "models.NAME.scale.calendar[].": Event,
     "models.NAME.slo.": Slo,
     "models.NAME.timeouts.": Timeouts,
+    "models.NAME.cache.": Caching,
+    "models.NAME.degrade[].": Degrade,
     "models.NAME.replicas[].": config.RemoteReplica,
     "models.NAME.replicas[].tls.": ReplicaTls,
     "models.NAME.gpus[].": config.GpuSource,

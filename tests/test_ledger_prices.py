@@ -53,6 +53,14 @@ def test_a_charge_is_the_exact_sum_rounded_once(prompt: int, cached: int, output
     assert charged.basis == "list"
 
 
+@given(TOKENS, NANOS, st.integers(0, 1000))
+def test_an_answer_told_again_costs_its_share_of_the_list_price(output: int, nanos: int, millis: int) -> None:
+    usage = Usage(request_id="r", model="m", output_tokens=output, cache="hit", price_millis=millis)
+    charged = charge(usage, PriceList(1, 0.0, "CNY", {"m": Rate(0, 0, nanos)}))
+    assert charged is not None
+    assert charged.amount_nanos == min(round(Fraction(output * nanos * millis, 10**9)), MAX_CHARGE_NANOS)
+
+
 def test_what_failed_is_not_charged_and_what_has_no_price_neither() -> None:
     prices = PriceList(1, 0.0, "CNY", {"m": Rate(10**9, 10**9, 10**9)})
     for outcome in ("ok", "refused", "error", "aborted", "timeout", "lost"):

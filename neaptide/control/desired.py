@@ -114,6 +114,8 @@ def slow_part(
                 slo_ttft_s=d.slo.ttft_s,
                 traffic=m.traffic,
                 affinity=m.prefix_cache == "shared",
+                cache=m.cache,
+                degrade=m.degrade,
             )
         )
     return Slow(

@@ -309,6 +309,8 @@ HEADERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("x-neaptide-deadline-ms", {"type": "integer", "minimum": 1}),
     ("x-neaptide-conversation", {"type": "string"}),
     ("x-neaptide-revision", {"type": "string", "minLength": 1, "maxLength": 160}),
+    ("x-neaptide-cache", {"enum": ["yes", "no"]}),
+    ("x-neaptide-degrade", {"enum": ["yes", "no"]}),
     ("x-request-id", {"type": "string", "minLength": 1, "maxLength": 128}),
     ("traceparent", {"type": "string"}),
 )

@@ -6,6 +6,7 @@ from __future__ import annotations
 from neaptide.types import Rate, Usage
 
 PER_TOKENS = 10**6
+MILLIS = 1000  # of a list price
 MAX_TOKENS = 10**9  # of one request; a replica of somebody else's may report anything, and the sums must stay in int64
 MAX_CHARGE_NANOS = 10**14  # 100,000 of the currency for one request
 CHARGED = frozenset({"ok", "aborted"})
@@ -21,11 +22,12 @@ def reserve_nanos(rate: Rate, prompt_tokens: int, output_tokens: int) -> int:
 
 def cost_nanos(rate: Rate, usage: Usage) -> int:
     """Of a request that is charged. Cached prompt tokens are part of prompt_tokens and reasoning tokens part of
-    output_tokens, as in the OpenAI API."""
+    output_tokens, as in the OpenAI API. Of an answer that another request brought it is the share that its row says."""
     prompt = _sane(usage.prompt_tokens)
     cached = min(_sane(usage.cached_tokens), prompt)
     output = _sane(usage.output_tokens)
-    return _nanos((prompt - cached) * rate.prompt_nanos + cached * rate.cached_nanos + output * rate.output_nanos)
+    millionths = (prompt - cached) * rate.prompt_nanos + cached * rate.cached_nanos + output * rate.output_nanos
+    return _nanos(millionths, max(0, min(usage.price_millis, MILLIS)))
 
 
 def reserve_tokens(prompt_tokens: int, output_tokens: int) -> int:
@@ -42,9 +44,10 @@ def _sane(tokens: int) -> int:
     return max(0, min(tokens, MAX_TOKENS))
 
 
-def _nanos(millionths: int) -> int:
+def _nanos(millionths: int, millis: int = MILLIS) -> int:
     # A replica that reports absurd counts must not overflow the sums (int64 takes 92,000 of these an hour) and so stop
     # the books for everybody.
-    quotient, rest = divmod(millionths, PER_TOKENS)
-    up = rest * 2 > PER_TOKENS or (rest * 2 == PER_TOKENS and quotient % 2 == 1)
+    per = PER_TOKENS * MILLIS
+    quotient, rest = divmod(millionths * millis, per)
+    up = rest * 2 > per or (rest * 2 == per and quotient % 2 == 1)
     return min(quotient + up, MAX_CHARGE_NANOS)

@@ -8,14 +8,19 @@ from typing import Any
 
 import msgspec
 
-from neaptide.cost.rate import MAX_TOKENS
+from neaptide.cost.rate import MAX_TOKENS, MILLIS
 from neaptide.types import Attempt, Paid, Usage
 
 MAX_INT = 2**31 - 1  # statuses
 MAX_BIG = 2**63 - 1
 TEXTS = tuple(f.name for f in msgspec.structs.fields(Usage) if isinstance(f.default, str) or f.name == "request_id")
 TOKENS = ("prompt_tokens", "cached_tokens", "reasoning_tokens", "output_tokens")
-LIMITS = ((TOKENS, MAX_TOKENS), (("prompt_bytes", "max_tokens"), MAX_BIG), (("status",), MAX_INT))
+LIMITS = (
+    (TOKENS, MAX_TOKENS),
+    (("prompt_bytes", "max_tokens"), MAX_BIG),
+    (("status",), MAX_INT),
+    (("price_millis",), MILLIS),
+)
 HOUR_S = 3600
 MAX_WALL_S = 253_402_300_800  # the year 10000
 HOURLY_KEYS = ("hour", "tenant", "project", "key", "model", "outcome")

@@ -118,6 +118,8 @@ usage = Table(
     Column("finish", Text, nullable=False),
     Column("error", Text, nullable=False),
     Column("degraded", Text, nullable=False),
+    Column("cache", Text, nullable=False, server_default=""),
+    Column("price_millis", Integer, nullable=False, server_default="1000"),
     Column("attempts", Text, nullable=False),  # JSON list of {replica, tokens}
     Column("price_version", Integer, nullable=False),
     Column("paid", Text, nullable=False, server_default="[]"),  # JSON list of [budget, reserved, cost]

@@ -67,18 +67,38 @@ class Keys:
 
 
 class Terms(NamedTuple):
-    """What a head asks of its request's time: its class, and whether it sets a deadline."""
+    """What a head asks of how its request is served: its class, whether it sets a deadline, whether its answer may come
+    from the cache (None: if it is no matter of chance), and whether it may be made less under pressure."""
 
     priority: Priority
     timed: bool
     revision: str = ""  # the one that it is to be answered by; "": any
+    cache: bool | None = None
+    degrade: bool = True
 
 
 def terms(headers: Mapping[bytes, bytes], key: KeyRow) -> Terms:
-    """RequestError 400 for a class or a revision that is none."""
+    """RequestError 400 for a class or a revision that is none, or a choice that is neither yes nor no."""
     timed = b"x-neaptide-deadline-ms" in headers or b"x-stainless-read-timeout" in headers
     pinned = headers.get(b"x-neaptide-revision")
-    return Terms(priority(headers.get(b"x-neaptide-priority"), key), timed, revision(pinned) if pinned else "")
+    return Terms(
+        priority(headers.get(b"x-neaptide-priority"), key),
+        timed,
+        revision(pinned) if pinned else "",
+        choice(headers, b"x-neaptide-cache", "invalid_cache"),
+        choice(headers, b"x-neaptide-degrade", "invalid_degrade") is not False,
+    )
+
+
+def choice(headers: Mapping[bytes, bytes], name: bytes, slug: str) -> bool | None:
+    """What a header says that is yes or no; None where it is absent. RequestError 400 for anything else."""
+    said = headers.get(name)
+    if said is None:
+        return None
+    if said.lower() not in (b"yes", b"no"):
+        what = f"{name.decode()} is {said[:32].decode('latin-1')!r}: it must be yes or no."
+        raise RequestError(400, what, slug=slug, fix=f"Send `{name.decode()}: yes` or `no`, or leave it out.")
+    return said.lower() == b"yes"
 
 
 def check_model(key: KeyRow, model: str) -> None:

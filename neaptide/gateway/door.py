@@ -11,8 +11,9 @@ from msgspec import Raw
 
 from neaptide.clock import mono_s
 from neaptide.errors import RequestError, StorageError
-from neaptide.gateway import admit, ids, overdue, queue, record, relay, resume, route
+from neaptide.gateway import admit, degrade, ids, overdue, queue, record, relay, resume, route
 from neaptide.gateway.access import AccessLog, Line, UsageLine
+from neaptide.gateway.admit import Terms
 from neaptide.gateway.affinity import Familiar
 from neaptide.gateway.call import Call
 from neaptide.gateway.connection import FOREVER, Connection
@@ -20,6 +21,7 @@ from neaptide.gateway.exchange import DONE, WAITING, Exchange
 from neaptide.gateway.lane import Lane
 from neaptide.gateway.metrics import Metrics
 from neaptide.gateway.route import Target
+from neaptide.gateway.shared import Shared, name_of
 from neaptide.gateway.shares import PROMPT_BYTE
 from neaptide.gateway.throttle import Throttle
 from neaptide.gateway.till import Till
@@ -99,12 +101,42 @@ class Door:
         except RequestError as error:
             self.refuse(connection, call, error, now)
             return
-        connection.exchange = exchange = Exchange(self, connection, call, key, lane, asked, terms.priority, deadline_s)
+        name = name_of(lane, call, key, asked.stream, terms) if lane.cache is not None else None
+        kind = Exchange if name is None else Shared
+        connection.exchange = exchange = kind(self, connection, call, key, lane, asked, terms.priority, deadline_s)
         exchange.pinned = terms.revision
         exchange.permit = permit
         self.live.add(exchange)
+        if name is None and lane.relief is None:
+            self.line_up(exchange, now)
+        else:
+            self._spare(exchange, name, terms, now)
+
+    def _spare(self, exchange: Exchange, name: bytes | None, terms: Terms, now: float) -> None:
+        """Is its answer here or on its way, does a lesser one have to do? Else it lines up as any other."""
+        lane, found = exchange.lane, degrade.NONE
+        if lane.relief is not None and terms.degrade and exchange.call.route != "tokenize":
+            found = lane.relief.now(lane.line, now)
+        sharing = exchange if isinstance(exchange, Shared) else None
+        if sharing is not None and sharing.find(name, now, found.stale_s):
+            return
+        try:
+            changed = any(found) and degrade.apply(exchange, found, self.lanes, now)
+        except RequestError as error:
+            exchange.fail(error, now, "refused")
+            return
+        if sharing is not None and changed:  # another question now
+            name = name_of(exchange.lane, exchange.call, exchange.key, exchange.asked.stream, terms)
+            if sharing.find(name, now):
+                return
+        if sharing is None or not sharing.join(name, now):
+            self.line_up(exchange, now)
+
+    def line_up(self, exchange: Exchange, now: float) -> None:
+        """To a replica, or into the line: its answer has to be made."""
+        lane, key = exchange.lane, exchange.key
         lane.metrics.arrivals += 1
-        if deadline_s < FOREVER and (late := lane.hopeless(exchange, now)) is not None:
+        if exchange.deadline_s < FOREVER and (late := lane.hopeless(exchange, now)) is not None:
             exchange.fail(late, now, "refused")
             return
         if not key.budgets or self.till.pay(exchange, now):

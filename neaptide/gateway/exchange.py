@@ -62,9 +62,9 @@ class Exchange:
     __slots__ = (
         "_broken", "_held", "_hide", "_last", "_length", "_plain", "_recent", "account", "answer", "asked",
         "attempts", "barren", "begun", "bill", "body", "call", "charged", "connection", "counts", "deadline_s", "door",
-        "end", "error", "finish", "handle", "ids", "key", "lane", "lost_s", "made", "opened", "outcome", "paused_s",
-        "permit", "pinned", "priority", "prompt_bytes", "rank", "resumes", "revision", "sent_s", "state", "state_s",
-        "target", "ticket", "timing", "transcript", "tried", "waited_s", "wanted",
+        "end", "error", "finish", "handle", "ids", "key", "lane", "lost_s", "made", "marks", "opened", "outcome",
+        "paused_s", "permit", "pinned", "priority", "prompt_bytes", "rank", "resumes", "revision", "says", "sent_s",
+        "state", "state_s", "target", "ticket", "timing", "transcript", "tried", "waited_s", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -103,6 +103,8 @@ class Exchange:
         self.sent_s = self.waited_s = self.paused_s = 0.0
         self.outcome: Outcome = "ok"
         self.error = self.finish = ""
+        self.marks: dict[str, str | int] | None = None  # fields of its row that are seldom set
+        self.says = b""  # header lines of ours
         self.timing = Timing()
         self.counts: Counts | None = None
         self.end: EndHeader | None = None  # what a link's replica told at the end
@@ -435,7 +437,7 @@ class Exchange:
         if length is None and not call.http11:
             length, call.close = -1, True
         head = self.answer
-        lines = head.passed if self.permit is None else head.passed + self.permit.lines
+        lines = self.says + head.passed if self.permit is None else self.says + head.passed + self.permit.lines
         return self.connection.head(call, head.status, head.content_type, length, lines)
 
     def _say(self, status: int, content_type: bytes, *, events: bool = False) -> None:

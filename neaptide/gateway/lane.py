@@ -9,6 +9,8 @@ from zlib import crc32
 from neaptide.errors import RequestError
 from neaptide.gateway import resume, route
 from neaptide.gateway.affinity import CONVERSATION, Familiar, conversation_of, first_words
+from neaptide.gateway.cache import Cache
+from neaptide.gateway.degrade import Relief
 from neaptide.gateway.metrics import ModelMetrics
 from neaptide.gateway.queue import Line, May
 from neaptide.gateway.revisions import NOBODY, Group, Split
@@ -28,12 +30,14 @@ class Lane:
     """Lives as long as its deployment is in the table, or a request of it runs."""
 
     __slots__ = (
-        "_all", "_familiar", "_hopeless", "_inside", "_longest_s", "_split", "_took", "line", "metrics", "mixed", "row",
-        "running", "seed", "targets", "tokens", "turn",
+        "_all", "_familiar", "_hopeless", "_inside", "_longest_s", "_split", "_took", "cache", "line", "metrics",
+        "mixed", "relief", "row", "running", "seed", "targets", "tokens", "turn",
     )  # fmt: skip
 
     def __init__(self, row: DeploymentRow, metrics: ModelMetrics, familiar: Familiar) -> None:
         self.row = row
+        self.cache: Cache | None = None  # of its answers
+        self.relief: Relief | None = None  # what is done under pressure
         self.seed = crc32(row.model.encode())
         self.metrics = metrics
         metrics.slo_ttft_s = row.slo_ttft_s
@@ -155,6 +159,14 @@ class Lane:
         self.line.cap, self.line.max_wait_s = row.max_waiting, row.max_wait_s
         if self._split is None or self._split.traffic != row.traffic:
             self._split = Split(row.traffic) if row.traffic else None
+        if not row.cache.ttl_s:
+            self.cache = None
+        elif self.cache is None:
+            self.cache = Cache(row.cache)
+        else:
+            self.cache.adopt(row.cache)
+        if self.relief is None or self.relief.steps != row.degrade:
+            self.relief = Relief(row.degrade) if row.degrade else None
 
     def gauge(self, now: float, tokens: int) -> ModelGauge:
         """`tokens`: of the requests that still run."""

@@ -303,6 +303,13 @@ class Line(Generic[T]):
             return None
         return (self.ahead(account, rank) + 1) * (now - departures[0]) / len(departures)
 
+    def drain_s(self, now: float) -> float | None:
+        """When all who wait would be served, by the recent drain rate; None where nobody has left lately."""
+        departures = self._departures
+        if len(departures) < 2 or now <= departures[0]:
+            return None
+        return self.waiting * (now - departures[0]) / len(departures)
+
     def ahead(self, account: Account, rank: int) -> float:
         """Who is served before a newcomer: all of higher classes, and of its own class each tenant as many, for its
         weight, as its own tenant has there with it."""

@@ -141,6 +141,14 @@ class Routes:
         for model, lane in lanes:
             labels = f'model_name="{metrics.escape(model)}"'
             yield "vllm:num_requests_waiting", "Requests waiting in the gateway.", labels, len(lane.line)
+        for model, lane in lanes:
+            if lane.cache is not None:
+                labels = f'model_name="{metrics.escape(model)}"'
+                yield "neaptide_cache_bytes", "Answers kept and being recorded.", labels, lane.cache.held_bytes
+        for model, lane in lanes:
+            if lane.relief is not None:
+                labels = f'model_name="{metrics.escape(model)}"'
+                yield "neaptide_degrade_steps", "Steps under pressure in force.", labels, lane.relief.level.steps
         for target in door.targets.values():  # of a pool under the pool's name, once
             labels = f'model_name="{metrics.escape(target.row.model)}",replica="{metrics.escape(target.row.id)}"'
             yield "neaptide_replica_in_flight", "Requests in flight from here.", labels, target.in_flight
@@ -168,7 +176,7 @@ class Routes:
 PREFLIGHT = (
     b"access-control-allow-methods: GET, POST\r\naccess-control-max-age: 600\r\n"
     b"access-control-allow-headers: authorization, content-type, x-request-id, x-neaptide-priority, "
-    b"x-neaptide-deadline-ms, x-neaptide-conversation, x-neaptide-revision, "
+    b"x-neaptide-deadline-ms, x-neaptide-conversation, x-neaptide-revision, x-neaptide-cache, x-neaptide-degrade, "
     b"x-stainless-arch, x-stainless-async, x-stainless-lang, x-stainless-os, "
     b"x-stainless-package-version, x-stainless-read-timeout, x-stainless-retry-count, x-stainless-runtime, "
     b"x-stainless-runtime-version, x-stainless-timeout\r\n"

@@ -34,6 +34,7 @@ FIELD_BYTES = {
     "finish": 32,
     "error": 192,
     "degraded": 64,
+    "cache": 16,
 }
 MAX_ATTEMPTS = 6
 MAX_ATTEMPTS_PAID = 2  # where a row has payments too, which are money: a key is under at most MAX_PAID budgets

@@ -128,12 +128,17 @@ def answers(body: bytes) -> int:
     return prompts * max(1, wanted.n or 1, wanted.best_of or 1)
 
 
-def splice(body: bytes, *, model: str | None = None, include_usage: bool = False) -> bytes:
-    """`body` with `model` replaced and/or `stream_options.include_usage` set to true; nested values elsewhere keep
-    their bytes. `body` must be one that `peek` accepted."""
+def splice(
+    body: bytes, *, model: str | None = None, include_usage: bool = False, max_tokens: int | None = None
+) -> bytes:
+    """`body` with `model` replaced, `stream_options.include_usage` set to true, the most tokens set (under the name
+    that counts there); nested values elsewhere keep their bytes. `body` must be one that `peek` accepted."""
     fields = _fields.decode(body)
     if model is not None:
         fields["model"] = msgspec.Raw(_encode(model))
+    if max_tokens is not None:
+        newer = bytes(fields.get("max_completion_tokens", b"null")).strip() != b"null"
+        fields["max_completion_tokens" if newer else "max_tokens"] = msgspec.Raw(_encode(max_tokens))
     if include_usage:
         options = fields.get("stream_options")
         inner = {} if options is None or bytes(options).strip() == b"null" else _fields.decode(options)
