@@ -49,7 +49,7 @@ class RemoteReplica(Part, frozen=True, kw_only=True):
     url: str  # http://host:port/v1
     model: str = ""  # its id there; default: the deployment's name
     key: str = ""  # env:NAME, file:PATH; resolved on load
-    max_running: int | None = None  # absent = unlimited
+    max_running: int | None = None  # absent = unlimited; adaptive concurrency stays below it
 
 
 class GpuSource(Part, frozen=True, kw_only=True):
@@ -72,6 +72,7 @@ class ModelSettings(Part, frozen=True, kw_only=True):
     scale: Scale = Scale()
     slo: Slo = Slo()
     replicas: tuple[RemoteReplica, ...] = ()
+    concurrency: Literal["adaptive", "fixed"] = "adaptive"  # of `replicas`: learnt, or max_running alone
     gpus: tuple[GpuSource, ...] = ()  # that its replicas run on, as far as exporters tell of them
     aliases: tuple[str, ...] = ()
     timeouts: Timeouts = Timeouts()

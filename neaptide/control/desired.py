@@ -110,6 +110,8 @@ def slow_part(
                 max_tokens_default=m.max_tokens_default,
                 failing=failing.get(d.model, ""),
                 slo_ttft_s=d.slo.ttft_s,
+                slo_tpot_s=d.slo.tpot_s,
+                adaptive=m.concurrency == "adaptive",
                 affinity=m.prefix_cache == "shared",
             )
         )

@@ -9,8 +9,10 @@ from zlib import crc32
 from neaptide.errors import RequestError
 from neaptide.gateway import resume, route
 from neaptide.gateway.affinity import Familiar
+from neaptide.gateway.concurrency import Goals
 from neaptide.gateway.metrics import ModelMetrics
 from neaptide.gateway.queue import Line, May
+from neaptide.gateway.retries import Retries
 from neaptide.gateway.route import Target
 from neaptide.table import DeploymentRow, ModelGauge
 
@@ -27,8 +29,8 @@ class Lane:
     """Lives as long as its deployment is in the table, or a request of it runs."""
 
     __slots__ = (
-        "_by_id", "_familiar", "_hopeless", "_longest_s", "_took", "line", "metrics", "row", "running", "seed",
-        "targets", "tokens", "turn",
+        "_by_id", "_familiar", "_hopeless", "_longest_s", "_took", "line", "metrics", "retries", "row", "running",
+        "seed", "targets", "tokens", "turn",
     )  # fmt: skip
 
     def __init__(self, row: DeploymentRow, metrics: ModelMetrics, familiar: Familiar) -> None:
@@ -40,6 +42,7 @@ class Lane:
         self.targets: list[Target] = []  # the door's; a replica of several models is in several lanes
         self._by_id: dict[str, Target] = {}
         self._familiar = familiar
+        self.retries = Retries()
         self.turn = 0
         self.running = 0
         self.tokens = 0
@@ -51,6 +54,9 @@ class Lane:
         """These serve it from now on."""
         self.targets = targets
         self._by_id = {target.row.id: target for target in targets}
+        goals = Goals(self.row.slo_ttft_s, self.row.slo_tpot_s) if self.row.adaptive else None
+        for target in targets:
+            target.learn(goals)
 
     def pick(self, exchange: Exchange, now: float) -> Target | None:
         """Where a request goes: the least loaded replica that can take it, or the one that has seen its beginning, if
@@ -70,6 +76,13 @@ class Lane:
         if not exchange.ids:
             return True
         return route.choose(resume.fit(exchange, self.targets), now, model=self.row.model) is not None
+
+    def may_retry(self, now: float) -> bool:
+        """Whether one of its requests may be sent again; that is then counted."""
+        if self.retries.take(now, self.metrics.arrivals, self.running):
+            return True
+        self.metrics.denied += 1
+        return False
 
     def served(self, now: float, seconds: float, tokens: int) -> None:
         """An answer ended well, so long after it was sent to a replica."""
