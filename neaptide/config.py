@@ -52,7 +52,7 @@ class RemoteReplica(Part, frozen=True, kw_only=True):
     url: str  # http://host:port/v1
     model: str = ""  # its id there; default: the deployment's name
     key: str = ""  # env:NAME, file:PATH; resolved on load
-    max_running: int | None = None  # absent = unlimited
+    max_running: int | None = None  # absent = unlimited; adaptive concurrency stays below it
     tls: ReplicaTls | None = None
     resumes: bool = False  # it continues a chat's last message where `continue_final_message` says so, as vLLM does
     revision: str = ""  # default: the deployment's
@@ -79,6 +79,7 @@ class ModelSettings(Part, frozen=True, kw_only=True):
     scale: Scale = Scale()
     slo: Slo = Slo()
     replicas: tuple[RemoteReplica, ...] = ()
+    concurrency: Literal["adaptive", "fixed"] = "adaptive"  # of `replicas`: learnt, or max_running alone
     gpus: tuple[GpuSource, ...] = ()  # that its replicas run on, as far as exporters tell of them
     traffic: dict[str, int] = {}  # percent by revision, of such replicas; empty: whichever has room
     aliases: tuple[str, ...] = ()

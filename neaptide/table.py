@@ -99,7 +99,7 @@ class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
     state: str = "ready"  # ready | draining: it leaves or stands by, and is given nothing
     token: str = ""  # boot token (link) or API key to send (http); never logged
     remote_model: str = ""  # spliced into the body when the replica knows the model by another id
-    max_running: int | None = None  # None = unlimited until adaptive concurrency binds
+    max_running: int | None = None  # at most; None = unlimited until adaptive concurrency binds
     resumes: bool = False  # http: it goes on with a text that another has begun
     members: dict[str, str] = {}  # of a pool, whose name `model` is then: revision by model
     tls: ReplicaTls | None = None  # of an https endpoint; None: checked against the system's store
@@ -126,6 +126,8 @@ class DeploymentRow(msgspec.Struct, frozen=True, kw_only=True):
     failing: str = ""  # why no replica starts; non-empty and no replica: 503 with this text
     slo_ttft_s: float = 1.0  # a first token that comes later is counted as late
     traffic: dict[str, int] = {}  # percent of new requests by revision; empty: whichever replica has room
+    slo_tpot_s: float = 0.1
+    adaptive: bool = False  # how many requests a replica gets that does not tell what it takes is learnt
     affinity: bool = False  # prompts that begin alike go to the same replica: it has a prefix cache that they share
     cache: Caching = Caching()
     degrade: tuple[Degrade, ...] = ()
@@ -316,6 +318,7 @@ class Gauges(msgspec.Struct, frozen=True, kw_only=True):
     models: dict[str, ModelGauge] = {}
     replicas: dict[str, int] = {}  # replica id -> requests in flight from here
     unreachable: tuple[str, ...] = ()  # replicas whose connection failed lately
+    erring: tuple[str, ...] = ()  # replicas that are left out because they answer with errors
     disk: str = ""  # non-empty: new requests are refused because this disk is full
     certificate: CertificateGauge | None = None
 

@@ -73,7 +73,7 @@ def processes(c: Control) -> list[ProcessStatus]:
 
 def replicas(c: Control) -> list[ReplicaStatus]:
     pids, watched = c.local.pids(), {p.id: p for p in c.processes}
-    loads = c.load_of
+    loads, notes = c.load_of, c.left_out()
     out = []
     for r in c.replicas:
         child, about = watched.get(r.id), c.local.about(r.id)
@@ -95,7 +95,7 @@ def replicas(c: Control) -> list[ReplicaStatus]:
                 restarts=c.restarts.get(r.id, 0),
                 kv_tokens=about.description.kv_tokens if about.description else None,
                 stages=tuple(Stage(name=k, seconds=v) for k, v in about.stages.items()),
-                error=r.error,
+                error=r.error or notes.get(r.id, ""),
             )
         )
     return out

@@ -212,6 +212,14 @@ class Control:
         """Requests in flight per replica."""
         return in_flight(self._gauges())
 
+    def left_out(self) -> Mapping[str, str]:
+        """Why gateways give a replica nothing, by its id."""
+        notes = {}
+        for g in self._gauges():
+            notes |= dict.fromkeys(g.erring, f"gateway {g.gateway} leaves it out: it answers with errors")
+            notes |= dict.fromkeys(g.unreachable, f"gateway {g.gateway} cannot reach it")
+        return notes
+
     def waiting_of(self) -> Mapping[str, int]:
         """Requests that wait in the gateways, per model."""
         return self._of_models(lambda gauge: gauge.waiting)

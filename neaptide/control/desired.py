@@ -113,6 +113,8 @@ def slow_part(
                 failing=failing.get(d.model, ""),
                 slo_ttft_s=d.slo.ttft_s,
                 traffic=m.traffic,
+                slo_tpot_s=d.slo.tpot_s,
+                adaptive=m.concurrency == "adaptive",
                 affinity=m.prefix_cache == "shared",
                 cache=m.cache,
                 degrade=m.degrade,

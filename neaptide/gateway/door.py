@@ -11,10 +11,11 @@ from msgspec import Raw
 
 from neaptide.clock import mono_s
 from neaptide.errors import RequestError, StorageError
-from neaptide.gateway import admit, degrade, ids, overdue, queue, record, relay, resume, route
+from neaptide.gateway import admit, degrade, ids, overdue, queue, record, relay, resume, route, watch
 from neaptide.gateway.access import AccessLog, Line, UsageLine
 from neaptide.gateway.admit import Terms
 from neaptide.gateway.affinity import Familiar
+from neaptide.gateway.breaker import BAD, NEITHER, result
 from neaptide.gateway.call import Call
 from neaptide.gateway.connection import FOREVER, Connection
 from neaptide.gateway.exchange import DONE, WAITING, Exchange
@@ -229,7 +230,7 @@ class Door:
         """Another try, before the first byte: another replica, if one can take it; else the front of the line. `full`:
         the last one had no room."""
         last, lane = exchange.target, exchange.lane
-        self._release(exchange)
+        self._release(exchange, now, NEITHER if full else BAD)
         if full and last is not None:
             last.filled()
         lane.metrics.retries += 1
@@ -242,7 +243,7 @@ class Door:
     def resume(self, exchange: Exchange, now: float) -> None:
         """Another replica goes on with an answer whose own was lost; the front of the line where none has room."""
         lane = exchange.lane
-        self._release(exchange)
+        self._release(exchange, now, NEITHER)
         lane.metrics.resumes += 1
         target = lane.pick(exchange, now)
         if target is None:
@@ -259,7 +260,7 @@ class Door:
         if exchange.ticket is not None:
             lane.line.leave(exchange.ticket)
             exchange.ticket = None
-        self._release(exchange)
+        self._release(exchange, now, result(usage))
         if exchange.begun:
             lane.running -= 1
             exchange.charge(usage.output_tokens)
@@ -276,10 +277,13 @@ class Door:
         if lane.line.waiting:
             self.pump(lane, now)
 
-    def _release(self, exchange: Exchange) -> None:
+    def _release(self, exchange: Exchange, now: float, told: int) -> None:
+        """`told`: by the attempt that is over, of its replica (breaker.py)."""
         target, exchange.target = exchange.target, None
         if target is not None:
-            target.release()
+            if target.limiter is not None:
+                watch.ended(target.limiter, exchange, now, told)
+            target.release(told, exchange.sent_s, now)
             exchange.account.running -= 1
 
     def pump(self, lane: Lane, now: float) -> None:
@@ -330,6 +334,7 @@ class Door:
 
     def sweep(self, now: float) -> None:
         """Every 100 ms: what waited too long, what runs too long, and who may be tried again."""
+        watch.look(self.live, self.targets.values(), now)
         for lane in list(self.lanes.values()):
             if lane.line.waiting:
                 for ticket in lane.line.expired(now):
@@ -443,6 +448,7 @@ class Door:
             models={model: lane.gauge(now, running.get(model, 0)) for model, lane in self.lanes.items()},
             replicas={id: t.in_flight for id, t in self.targets.items()},
             unreachable=tuple(id for id, t in self.targets.items() if t.failures),
+            erring=tuple(id for id, t in self.targets.items() if t.erring),
             disk=self.journal.refusal() or "",
         )
 

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from neaptide.clock import mono_s
 from neaptide.errors import RequestError
-from neaptide.gateway import answer, record, resume, sse
+from neaptide.gateway import answer, record, resume, retries, sse
 from neaptide.gateway.affinity import CONVERSATION, blocks_of, conversation_of
 from neaptide.gateway.call import Call
 from neaptide.gateway.queue import Ticket
@@ -46,6 +46,7 @@ ATTEMPTS_AT_MOST = 3
 HEARTBEAT = b": waiting for a replica\n\n"
 WHOLE_ANSWER = 64 << 10  # a longer answer that does not stream is passed on as it comes
 RETRY_STATUS = frozenset((502, 503))
+CROWDED = frozenset((429, 503))
 TOKEN_END = b"null}]}\n\n"  # how an event ends that carries neither a finish reason nor usage
 TOKEN_CHUNK_END = TOKEN_END + b"\r\n"
 READS_KEPT = 6  # last reads of a stream in which usage and finish reason are looked for
@@ -147,10 +148,12 @@ class Exchange:
     # --- the replica's side: HTTP
 
     def on_head(self, head: AnswerHead) -> bool:
-        if self.target is not None:
-            self.target.answered()
-        status = head.status
+        status, target = head.status, self.target
+        if target is not None and (target.failures or target.breaker.opened):
+            target.answered(mono_s(), status, self.sent_s)
         if status != 200:
+            if status in CROWDED and target is not None and target.limiter is not None:
+                target.limiter.refused(target.in_flight)
             if status in RETRY_STATUS and self.may_retry():
                 self.on_failure(Failure(f"replica_{status}", f"answered {status}", retryable=True))
                 return False
@@ -334,12 +337,14 @@ class Exchange:
         if self.state >= LEAVING:
             return
         if failure.unreachable and self.target is not None:
-            self.target.failed(now)
+            self.target.failed(now, self.sent_s)
         full, died = failure.slug == "replica_full", bool(self.ids) and failure.slug == "replica_lost"
         if failure.retryable and not died and (self.may_retry() or (full and self.ids)):
-            self.handle = None
-            self.door.again(self, now, full)
-            return
+            if full or self.lane.may_retry(now):
+                self.handle = None
+                self.door.again(self, now, full)
+                return
+            failure = retries.denied(failure)
         if self._go_on(failure.slug, now):
             return
         message = f"The replica {failure.message}."

@@ -10,9 +10,11 @@ from neaptide.errors import RequestError
 from neaptide.gateway import resume, route
 from neaptide.gateway.affinity import CONVERSATION, Familiar, conversation_of, first_words
 from neaptide.gateway.cache import Cache
+from neaptide.gateway.concurrency import Goals
 from neaptide.gateway.degrade import Relief
 from neaptide.gateway.metrics import ModelMetrics
 from neaptide.gateway.queue import Line, May
+from neaptide.gateway.retries import Retries
 from neaptide.gateway.revisions import NOBODY, Group, Split
 from neaptide.gateway.route import Target
 from neaptide.table import DeploymentRow, ModelGauge
@@ -31,7 +33,7 @@ class Lane:
 
     __slots__ = (
         "_all", "_familiar", "_hopeless", "_inside", "_longest_s", "_split", "_took", "cache", "line", "metrics",
-        "mixed", "relief", "row", "running", "seed", "targets", "tokens", "turn",
+        "mixed", "relief", "retries", "row", "running", "seed", "targets", "tokens", "turn",
     )  # fmt: skip
 
     def __init__(self, row: DeploymentRow, metrics: ModelMetrics, familiar: Familiar) -> None:
@@ -47,6 +49,7 @@ class Lane:
         self.mixed = False  # not every request may go to every replica
         self._split: Split | None = None
         self._familiar = familiar
+        self.retries = Retries()
         self.turn = 0
         self.running = 0
         self.tokens = 0
@@ -61,6 +64,9 @@ class Lane:
         self._all = Group(targets, self.row.model)
         self._inside = self._all if len(inside) == len(targets) else Group(inside, self.row.model)
         self.mixed = self._inside is not self._all or len(self._all.revisions) > 1
+        goals = Goals(self.row.slo_ttft_s, self.row.slo_tpot_s) if self.row.adaptive else None
+        for target in targets:
+            target.learn(goals)
 
     def pick(self, exchange: Exchange, now: float) -> Target | None:
         """Where a request goes: the least loaded replica that can take it, or the one that has seen its beginning, if
@@ -113,6 +119,13 @@ class Lane:
         if not revision or revision == self.row.revision or revision in self._open_to(exchange).revisions:
             return None
         return _outside_only(self.row.model) if revision in self._all.revisions else _no_revision(self, revision)
+
+    def may_retry(self, now: float) -> bool:
+        """Whether one of its requests may be sent again; that is then counted."""
+        if self.retries.take(now, self.metrics.arrivals, self.running):
+            return True
+        self.metrics.denied += 1
+        return False
 
     def served(self, now: float, seconds: float, tokens: int) -> None:
         """An answer ended well, so long after it was sent to a replica."""

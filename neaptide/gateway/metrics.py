@@ -64,6 +64,7 @@ class ModelMetrics:
         "cached",
         "copies",
         "degraded",
+        "denied",
         "done",
         "e2e",
         "ends",
@@ -82,7 +83,7 @@ class ModelMetrics:
     )
 
     def __init__(self) -> None:
-        self.arrivals = self.done = self.errors = self.retries = self.resumes = 0
+        self.arrivals = self.done = self.errors = self.retries = self.resumes = self.denied = 0
         self.prompt = self.cached = self.output = self.late = self.served = 0
         self.held_s = 0.0  # of those served
         self.slo_ttft_s = 1.0
@@ -201,6 +202,7 @@ _COUNTERS = (
     ("neaptide_errors_total", "Requests that the replica or the gateway failed.", "errors"),
     ("neaptide_late_total", "Requests without a first token within the SLO.", "late"),
     ("neaptide_retries_total", "Requests sent again to a replica.", "retries"),
+    ("neaptide_retries_denied_total", "Requests not sent again: retries were at their budget.", "denied"),
     ("neaptide_resumes_total", "Answers that went on elsewhere when their replica was lost.", "resumes"),
     ("vllm:prompt_tokens_total", "Prompt tokens.", "prompt"),
     ("neaptide_cached_tokens_total", "Prompt tokens served from a prefix cache.", "cached"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from urllib.parse import unquote_to_bytes
 
 import msgspec
@@ -13,6 +14,7 @@ from neaptide.gateway import admit, answer, metrics
 from neaptide.gateway.call import Call
 from neaptide.gateway.connection import Connection
 from neaptide.gateway.door import Door
+from neaptide.gateway.route import UNLIMITED, Target
 from neaptide.gateway.secure import Secure
 from neaptide.gateway.server import Server
 from neaptide.table import Cors, DeploymentRow, KeyRow, Limits
@@ -25,6 +27,17 @@ INFERENCE = {
 MODELS = b"/v1/models"
 OPEN_PAGES = frozenset((b"/health", b"/health/ready", b"/version", b"/metrics"))  # no key needed
 _encode = msgspec.json.Encoder().encode
+
+OF_A_REPLICA: tuple[tuple[str, str, Callable[[Target, float], float]], ...] = (
+    ("neaptide_replica_in_flight", "Requests in flight from here.", lambda t, _: t.in_flight),
+    (
+        "neaptide_replica_limit",
+        "Requests that may be in flight from here.",
+        lambda t, _: t.most if t.most < UNLIMITED else math.inf,
+    ),
+    ("neaptide_replica_up", "1 when it can be reached.", lambda t, now: float(t.reachable(now))),
+    ("neaptide_replica_erring", "1 while it is left out for its errors.", lambda t, _: float(t.erring)),
+)
 
 
 class Routes:
@@ -149,12 +162,10 @@ class Routes:
             if lane.relief is not None:
                 labels = f'model_name="{metrics.escape(model)}"'
                 yield "neaptide_degrade_steps", "Steps under pressure in force.", labels, lane.relief.level.steps
-        for target in door.targets.values():  # of a pool under the pool's name, once
-            labels = f'model_name="{metrics.escape(target.row.model)}",replica="{metrics.escape(target.row.id)}"'
-            yield "neaptide_replica_in_flight", "Requests in flight from here.", labels, target.in_flight
-        for target in door.targets.values():
-            labels = f'model_name="{metrics.escape(target.row.model)}",replica="{metrics.escape(target.row.id)}"'
-            yield "neaptide_replica_up", "1 when it can be reached.", labels, float(target.reachable(now))
+        for name, text, read in OF_A_REPLICA:
+            for target in door.targets.values():  # of a pool under the pool's name, once
+                labels = f'model_name="{metrics.escape(target.row.model)}",replica="{metrics.escape(target.row.id)}"'
+                yield name, text, labels, read(target, now)
         yield "neaptide_in_flight", "Requests in this gateway.", "", len(door.live)
         if server is not None:
             yield "neaptide_connections", "Client connections.", "", len(server.connections)
