@@ -214,7 +214,7 @@ class Control:
 
     def left_out(self) -> Mapping[str, str]:
         """Why gateways give a replica nothing, by its id."""
-        notes = {}
+        notes: dict[str, str] = {}
         for g in self._gauges():
             notes |= dict.fromkeys(g.erring, f"gateway {g.gateway} leaves it out: it answers with errors")
             notes |= dict.fromkeys(g.unreachable, f"gateway {g.gateway} cannot reach it")
