@@ -260,15 +260,20 @@ def asked(here: Site, method: str, template: str) -> tuple[str, dict[str, str], 
     bodies = {
         "/api/v1/apply": b"models: {guide: {}}\n",
         "/api/v1/keys": b'{"name": "laptop"}',
+        "/api/v1/keys/{id}": b'{"rpm": 60}',
+        "/api/v1/budgets": b'{"scope": "tenant:acme", "unit": "money", "amount": 100, "period": "month"}',
         "/api/v1/admins": b'{"role": "viewer", "name": "ann"}',
         "/api/v1/scale/override": b'{"model": "guide", "replicas": 2, "by": "ann"}',
     }
-    body, headers = bodies.get(template) if method == "POST" else None, BEARER
+    body, headers = bodies.get(template) if method in ("POST", "PATCH") else None, BEARER
     if "{admin}" in template:
         made = json.loads(here.ask("POST", "/api/v1/admins", BEARER, b'{"role": "viewer"}')[2])
         template = template.replace("{admin}", made["info"]["id"])
     if method == "DELETE" and template == "/api/v1/scale/override":
         template += "?model=guide"
+    if method == "DELETE" and template == "/api/v1/budgets":
+        here.ask("POST", template, BEARER, bodies[template])
+        template += "?id=tenant:acme:money:month"
     if template == "/":
         return here.link(), {}, None
     if template == "/ui/session":

@@ -11,6 +11,7 @@ from neaptide.clock import VirtualClock
 from neaptide.config import parse
 from neaptide.control.desired import deployment, slow_part
 from neaptide.control.keys import KeyStore
+from neaptide.cost.accounts import Terms
 from neaptide.cost.ledger import open_ledger
 from neaptide.errors import ConfigError
 from neaptide.fleet.static import remote_rows
@@ -94,7 +95,7 @@ def test_a_key_made_for_inside_says_so_wherever_it_is_told(tmp_path: Path) -> No
     ledger = open_ledger("", tmp_path, VirtualClock())
     store = KeyStore(ledger, secrets.token_hex(32), VirtualClock())
     store.create("open")
-    made = store.create("closed", inside=True)
+    made = store.create("closed", terms=Terms(inside=True))
     assert made.info.inside
     assert {key.name: key.inside for key in store.list()} == {"open": False, "closed": True}
     assert {row.name: row.inside for row in store.rows()} == {"open": False, "closed": True}
