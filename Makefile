@@ -29,11 +29,12 @@ up: .venv/.installed-cpu
 demo: .venv/.installed-cpu
 	@exec $(BIN)/neaptide demo $(ARGS)
 
+# Two workers: tests of services wait more than they compute.
 test: $(TEST_STAMP)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(TEST_STAMP)
 	@$(BIN)/python -m bench $(ARGS)
