@@ -11,7 +11,7 @@ import pytest
 
 from neaptide.clock import wall_s
 from neaptide.gateway.quota import FLIGHT, REQUESTS, SUM, TOKENS
-from neaptide.table import Cors, KeyRow, Quota
+from neaptide.table import Caching, Cors, KeyRow, Quota
 from tests.fake_link import FakeLinkReplica
 from tests.gateway_kit import (
     EVENT_HEAD,
@@ -141,6 +141,20 @@ def test_what_was_refused_for_want_of_replicas_is_not_counted() -> None:
 
 
 # --- tpm
+
+
+def test_an_answer_told_again_is_a_request_and_no_tokens() -> None:
+    async def main() -> None:
+        cached = {"cache": Caching(ttl_s=60)}
+        async with serving(reply_by_body, keys=[limited(rpm=2, tpm=10_000)], deployment=cached) as (running, _):
+            assert (await running.ask(post(chat(temperature=0)))).headers["x-neaptide-cache"] == "miss"
+            _, tokens, _ = counted(running)
+            assert tokens > 0
+            assert (await running.ask(post(chat(temperature=0)))).headers["x-neaptide-cache"] == "hit"
+            assert counted(running) == (2, tokens, 0)
+            assert "rpm" in message(await running.ask(post(chat(temperature=0))))
+
+    run(main())
 
 
 def test_a_prompt_counts_as_its_bytes_until_its_replica_has_told() -> None:

@@ -70,6 +70,9 @@ class Throttle:
         """Its request is over. `begun`: a replica has had it."""
         counters, prompt = self.counters, usage.prompt_tokens
         with counters as cells:
+            if not begun and usage.outcome == "ok":  # told from the cache: a request, and nobody's tokens
+                quota.settle(cells, permit, counters.seat, 0, 0, now)
+                return
             if not begun and usage.outcome != "aborted":
                 quota.give_back(cells, permit, counters.seat, now)
                 return
