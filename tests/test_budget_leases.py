@@ -315,7 +315,9 @@ def test_what_was_not_needed_for_a_beat_goes_back_and_what_was_stays() -> None:
     assert door.purse.surplus() == {"money": more - 10}
     assert door.purse.left("money") == 10
     assert door.purse.surplus() == {"money": 10}
-    door.purse.forget(())
+    door.purse.forget(lambda budget: False)
+    assert door.purse.back() == {"money": door.purse.back()["money"]}
+    door.purse.forget(lambda budget: True)
     assert door.purse.back() == {}
 
 
@@ -324,12 +326,30 @@ def test_a_lease_of_a_period_that_is_over_is_given_back_after_its_last_request_a
     (door,) = house.doors.values()
     door.enter("a", {"october": 100})
     house.pump()
-    door.purse.forget(("november",))
+    door.purse.forget("october".__eq__)
     house.end(door, "a", {"october": 40})
     door.purse.surplus()
     assert door.purse.surplus() == {"october": 60}
-    door.purse.forget(("november",))
+    door.purse.forget("october".__eq__)
     assert door.purse.left("october") == 0
+
+
+def test_what_was_had_of_a_budget_counts_when_it_is_set_again_though_the_connection_broke_meanwhile() -> None:
+    house = House(2, money=100)
+    one, other = house.doors.values()
+    one.enter("a", {"money": 40})
+    house.pump()
+    house.end(one, "a", {"money": 40})
+    for _ in range(2):
+        one.purse.surplus()
+    one.purse.forget(lambda budget: False)  # nobody is under it, and its period is not over
+    house.connect(one.name)
+    house.pump()
+    one.enter("b", {"money": 40})
+    house.pump()
+    other.enter("c", {"money": 40})
+    house.pump()
+    assert ("b" in one.running, "c" in other.running) == (True, False)
 
 
 def test_before_it_knows_what_was_spent_control_lends_nothing() -> None:

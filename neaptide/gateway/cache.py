@@ -33,6 +33,14 @@ MIB = 1 << 20
 LARGEST = 64  # an answer of more than one such part of the memory is not kept
 ENTRY_BYTES = 600  # what an entry takes beside its answer, roughly
 
+_NOTHING = msgspec.Raw(b"")
+
+
+class _Heat(msgspec.Struct, gc=False):
+    temperature: msgspec.Raw = _NOTHING
+
+
+_decode_heat = msgspec.json.Decoder(_Heat).decode
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder(order="sorted").encode
 
@@ -42,10 +50,10 @@ def identity(body: bytes, scope: tuple[str, ...], stream: bool, wanted: bool = F
     `stream` is said. None: the answer is chance (no temperature 0) and not `wanted` all the same, or the body cannot be
     read exactly. Numbers are what a double holds; 0 and 0.0 differ."""
     try:
-        read: dict[str, Any] = _decode(body)
-        heat = read.get("temperature")
-        if not wanted and (type(heat) not in (int, float) or heat):
+        heat = bytes(_decode_heat(body).temperature)
+        if not wanted and (heat[:1] not in b"0-" or not heat or _decode(heat) != 0):
             return None
+        read: dict[str, Any] = _decode(body)
         for name in (*UNTOLD, "stream"):
             read.pop(name, None)
         options = read.get("stream_options")

@@ -11,7 +11,7 @@ from msgspec import Raw
 
 from neaptide.clock import mono_s
 from neaptide.errors import RequestError, StorageError
-from neaptide.gateway import admit, degrade, ids, overdue, queue, record, relay, resume, route, watch
+from neaptide.gateway import admit, degrade, ids, overdue, queue, record, refusals, relay, resume, route, watch
 from neaptide.gateway.access import AccessLog, Line, UsageLine
 from neaptide.gateway.admit import Terms
 from neaptide.gateway.affinity import Familiar
@@ -87,11 +87,11 @@ class Door:
         try:
             full_disk = self.journal.refusal()
             if full_disk is not None:
-                raise _disk_full(full_disk)
+                raise refusals.disk_full(full_disk)
             asked = peek(call.body)
             lane = self._by_name.get(asked.model)
             if lane is None:
-                raise _unknown_model(asked.model)
+                raise refusals.unknown_model(asked.model)
             if key.models:
                 admit.check_model(key, lane.row.model)
             terms = call.terms
@@ -136,8 +136,8 @@ class Door:
     def line_up(self, exchange: Exchange, now: float) -> None:
         """To a replica, or into the line: its answer has to be made."""
         lane, key = exchange.lane, exchange.key
-        lane.metrics.arrivals += 1
         if exchange.deadline_s < FOREVER and (late := lane.hopeless(exchange, now)) is not None:
+            lane.metrics.arrivals += 1
             exchange.fail(late, now, "refused")
             return
         if not key.budgets or self.till.pay(exchange, now):
@@ -146,6 +146,7 @@ class Door:
     def go_on(self, exchange: Exchange, now: float) -> None:
         """To a replica, or into the line: it is paid for, where its key has budgets."""
         lane = exchange.lane
+        lane.metrics.arrivals += 1
         line, rank = lane.line, exchange.rank
         exchange.account = account = line.shares.of(exchange.key.tenant)
         line.shares.asked(account, rank, now)
@@ -168,7 +169,7 @@ class Door:
         ready = route.reachable(lane.targets, now)
         try:
             if self.lanes.get(lane.row.model) is not lane:
-                raise _no_longer_served()
+                raise refusals.no_longer_served()
             if (barred := lane.barred(exchange)) is not None:
                 raise barred
             if lane.row.failing and not ready:
@@ -194,8 +195,8 @@ class Door:
     def _make_room(self, exchange: Exchange, now: float) -> None:
         """In a full line, somebody with less right to a place loses it."""
         line = exchange.lane.line
-        ticket = line.crowded_out(exchange.key.tenant, exchange.rank)
-        if ticket is not None:
+        # Who loses it may leave it to one who waits for the same answer.
+        while (ticket := line.crowded_out(exchange.key.tenant, exchange.rank)) is not None:
             ticket.item.ticket = None
             error = queue.crowded(ticket, line.retry_after_s(now, ticket.account.tenant, ticket.rank))
             ticket.item.fail(error, now, "refused")
@@ -207,7 +208,7 @@ class Door:
             try:
                 self.journal.begin(record.begin(exchange, row))
             except StorageError as e:  # the disk filled up while it waited
-                exchange.fail(_disk_full(e.what), now, "refused")
+                exchange.fail(refusals.disk_full(e.what), now, "refused")
                 return
             exchange.begun = True
             lane.running += 1
@@ -240,10 +241,11 @@ class Door:
         else:
             self._dispatch(exchange, target, now)
 
-    def resume(self, exchange: Exchange, now: float) -> None:
-        """Another replica goes on with an answer whose own was lost; the front of the line where none has room."""
+    def resume(self, exchange: Exchange, now: float, broke: bool) -> None:
+        """Another replica goes on with an answer whose own was lost or `broke` it off; the front of the line where none
+        has room."""
         lane = exchange.lane
-        self._release(exchange, now, NEITHER)
+        self._release(exchange, now, BAD if broke else NEITHER)
         lane.metrics.resumes += 1
         target = lane.pick(exchange, now)
         if target is None:
@@ -287,7 +289,17 @@ class Door:
             exchange.account.running -= 1
 
     def pump(self, lane: Lane, now: float) -> None:
-        """Those who wait go to replicas that have room again."""
+        """Those who wait go to replicas that have room again. One that ends at once calls this again: the loop further
+        out goes on."""
+        if lane.pumping:
+            return
+        lane.pumping = True
+        try:
+            self._pump(lane, now)
+        finally:
+            lane.pumping = False
+
+    def _pump(self, lane: Lane, now: float) -> None:
         line = lane.line
         while line.waiting:
             if route.choose(lane.targets, now, lane.turn, (), lane.row.model) is None:
@@ -356,7 +368,8 @@ class Door:
 
     def end_all(self, error: RequestError, now: float) -> None:
         """The process ends: everybody is told."""
-        for exchange in list(self.live):
+        # Those who wait for another's answer first, or each would ask for its own.
+        for exchange in sorted(self.live, key=lambda e: e.state != WAITING or e.ticket is not None):
             exchange.fail(error, now)
 
     def _give_up(self, lane: Lane, now: float) -> None:
@@ -429,7 +442,7 @@ class Door:
     def _close_lane(self, lane: Lane, now: float) -> None:
         while (ticket := lane.line.first(now)) is not None:
             ticket.item.ticket = None
-            ticket.item.fail(_no_longer_served(), now, "refused")
+            ticket.item.fail(refusals.no_longer_served(), now, "refused")
         lane.aim([])
 
     # --- what others ask
@@ -466,23 +479,3 @@ class Door:
 def _same_process(a: ReplicaRow, b: ReplicaRow) -> bool:
     mine = (a.endpoint, a.epoch, a.token, a.remote_model, a.tls)
     return mine == (b.endpoint, b.epoch, b.token, b.remote_model, b.tls)
-
-
-def _no_longer_served() -> RequestError:
-    return RequestError(404, "The model is no longer served.", slug="model_not_found", param="model")
-
-
-def _unknown_model(model: str) -> RequestError:
-    return RequestError(
-        404,
-        f"The model '{model}' does not exist.",
-        slug="model_not_found",
-        param="model",
-        fix="GET /v1/models lists those that do.",
-    )
-
-
-def _disk_full(disk: str) -> RequestError:
-    return RequestError(
-        507, f"The disk is full, so usage cannot be recorded: {disk}.", slug="disk_full", kind="api_error"
-    )

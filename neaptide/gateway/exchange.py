@@ -252,6 +252,9 @@ class Exchange:
     def on_tokens(self, data: bytes, ids: bytes, now: float) -> None:
         if self.state > OPEN:
             return
+        target = self.target
+        if target is not None and target.breaker.opened:
+            target.answered(now, 200, self.sent_s)
         self.state_s = now
         self.timing.mark(now, len(ids) // 4)
         if self.ids:
@@ -327,7 +330,7 @@ class Exchange:
         self.handle = self.counts = self.end = None  # what it computed and nobody got is nobody's
         if slug == "engine_died" and self.target is not None:
             self.target.draining, self.target.report = True, None  # until it reports again, of another engine
-        self.door.resume(self, now)
+        self.door.resume(self, now, broke=slug == "replica_broke_off")
         return True
 
     def on_failure(self, failure: Failure) -> None:
@@ -340,7 +343,7 @@ class Exchange:
             self.target.failed(now, self.sent_s)
         full, died = failure.slug == "replica_full", bool(self.ids) and failure.slug == "replica_lost"
         if failure.retryable and not died and (self.may_retry() or (full and self.ids)):
-            if full or self.lane.may_retry(now):
+            if full or self.resumes or self.lane.may_retry(now):
                 self.handle = None
                 self.door.again(self, now, full)
                 return

@@ -33,7 +33,7 @@ class Lane:
 
     __slots__ = (
         "_all", "_familiar", "_hopeless", "_inside", "_longest_s", "_split", "_took", "cache", "line", "metrics",
-        "mixed", "relief", "retries", "row", "running", "seed", "targets", "tokens", "turn",
+        "mixed", "pumping", "relief", "retries", "row", "running", "seed", "targets", "tokens", "turn",
     )  # fmt: skip
 
     def __init__(self, row: DeploymentRow, metrics: ModelMetrics, familiar: Familiar) -> None:
@@ -50,6 +50,7 @@ class Lane:
         self._split: Split | None = None
         self._familiar = familiar
         self.retries = Retries()
+        self.pumping = False  # those who wait are being sent right now
         self.turn = 0
         self.running = 0
         self.tokens = 0

@@ -54,6 +54,7 @@ TOKEN_SECONDS = (
     2.5,
 )
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+UNPAID = frozenset(("budget_exceeded", "budget_unknown"))
 
 
 class ModelMetrics:
@@ -99,6 +100,8 @@ class ModelMetrics:
         self.ends[end] = self.ends.get(end, 0) + 1
         if usage.cache:  # it took no replica: counted with the others it would tell of capacity that is not there
             self.copies[usage.cache] = self.copies.get(usage.cache, 0) + 1
+            return
+        if usage.error in UNPAID:  # it asked for no replica: whoever counts it as demand would start some for it
             return
         self.done += 1
         self.e2e.observe(usage.duration_s)

@@ -8,7 +8,7 @@ budget while waiting for another, and nothing is asked for twice.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 from neaptide.table import Ask, Held, Want
@@ -142,10 +142,11 @@ class Purse(Generic[T]):
             lease.least = lease.left
         return back
 
-    def forget(self, others: Container[str]) -> None:
-        """Of budgets that are not among `others` nothing is kept but what is there to give back."""
+    def forget(self, over: Callable[[str], bool]) -> None:
+        """Of budgets whose period is `over` nothing is kept but what is there to give back. Of others all is, though no
+        key may be under them now: what was had of them counts when one is again."""
         for budget, lease in list(self._leases.items()):
-            if budget not in others and lease.left <= 0 and not lease.wanted:
+            if over(budget) and lease.left <= 0 and not lease.wanted:
                 del self._leases[budget]
 
     def alone(self) -> list[Verdict[T]]:

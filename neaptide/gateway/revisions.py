@@ -29,9 +29,12 @@ class Group:
                 self.revisions[name] = Group(of_it, model, split=False)
 
     def has(self, revision: str, now: float) -> bool:
-        """Whether a replica of this revision is there: not leaving and not failing to connect. It may be busy."""
+        """Whether a replica of this revision is there: not leaving, not failing to connect, and not left out for its
+        errors. It may be busy."""
         found = self.revisions.get(revision)
-        return found is not None and any(target.reachable(now) for target in found.targets)
+        if found is None:
+            return False
+        return any(t.reachable(now) and (not t.erring or t.breaker.lets(now)) for t in found.targets)
 
     def any_there(self, now: float) -> str:
         """A revision of which a replica is there; "" where none is."""

@@ -80,7 +80,7 @@ class Shared(Exchange):
         cache = self.lane.cache
         if cache is None or name is None:
             return False
-        self._of = self.lane.row.revision
+        self._of = self.pinned or self.lane.row.revision
         flight = cache.flights.get(name)
         if flight is not None and flight.serves(self):
             flight.followers[self] = None
@@ -126,7 +126,7 @@ class Shared(Exchange):
     # --- recording
 
     def sent(self, target: Target, now: float, body: bytes, hide_usage: bool) -> None:
-        if not self.ids:
+        if not self.ids and not self.resumes:
             self._forget()  # another replica begins afresh; of a resumed answer the beginning stands
         super().sent(target, now, body, hide_usage)
 
@@ -215,19 +215,24 @@ class Shared(Exchange):
         return not self.alone and super().may_retry()  # its body went with its client
 
     def on_failure(self, failure: Failure) -> None:
-        if self.alone:
-            self._end_alone(mono_s())
-        else:
+        if not self.alone:
             super().on_failure(failure)
+            return
+        now = mono_s()
+        if failure.unreachable and self.target is not None:
+            self.target.failed(now, self.sent_s)
+        self._end_alone(now, "error", failure.slug)
 
     def fail(self, error: RequestError, now: float, outcome: Outcome = "error") -> None:
         if self.alone:
-            self._end_alone(now)
+            self._end_alone(now, outcome, error.slug or "error")
         else:
             super().fail(error, now, outcome)
 
-    def _end_alone(self, now: float) -> None:
+    def _end_alone(self, now: float, outcome: Outcome, slug: str) -> None:
+        """What a replica broke nobody pays for, and its client has left."""
         if self.state != DONE:
+            self.outcome, self.error = outcome, slug
             self._whole = False
             self._abort_upstream()
             self._settle(b"", now)
@@ -244,29 +249,34 @@ class Shared(Exchange):
         self._forget(flight)
         if found is not None:
             flight.landed(found, self.revision == self._of, now)
-        elif self.begun and (self.outcome == "ok" or 400 <= self.answer.status < 500):
+        elif self.begun and (self.outcome == "ok" or 400 <= self.answer.status < 500 or flight.failures):
             flight.dissolve(now)
         else:
+            flight.failures += self.begun and not self.alone
             flight.failed(now, waited=not self.begun)
 
 
 class Flight:
     """One request that asks a replica, and those who ask the same meanwhile."""
 
-    __slots__ = ("_electing", "cache", "followers", "leader", "name")
+    __slots__ = ("_electing", "cache", "failures", "followers", "leader", "name")
 
     def __init__(self, cache: Cache, name: bytes, leader: Shared) -> None:
         self.cache, self.name = cache, name
         self.leader: Shared | None = leader
         self.followers: dict[Shared, None] = {}  # in the order of coming
         self._electing = False
+        self.failures = 0  # of leaders that a replica had begun with: after the second each goes its own way
 
     def serves(self, other: Shared) -> bool:
-        """Whether `other` does not fare worse by following: a leader of a lower class may have long to wait."""
+        """Whether `other` does not fare worse by following: a leader of a lower class, of fewer replicas that it may go
+        to, or one that is yet to be paid for may have long to wait."""
         leader = self.leader
         if leader is None or leader.state > OPEN:
             return False
-        return leader.state != WAITING or leader.rank <= other.rank
+        if leader.state != WAITING:
+            return True
+        return leader.ticket is not None and leader.rank <= other.rank and leader.key.inside <= other.key.inside
 
     def lost(self, follower: Shared, now: float) -> None:
         """It does not wait any more."""

@@ -52,15 +52,12 @@ class Till:
         self._purse: Purse[Exchange] = Purse()
         self._paying: dict[Exchange, Bill] = {}  # who waits, in the order of coming
         self._slow = Slow()
-        self._in_force: frozenset[str] | None = None  # every budget that a key of the table is under, once looked for
         self._say: Say | None = None
         self._connections = 0
         self._scheduled = False
         self._looked_s = 0.0  # for a surplus
 
     def install(self, slow: Slow) -> None:
-        if slow.version != self._slow.version:
-            self._in_force = None
         self._slow = slow
 
     # --- requests
@@ -95,7 +92,7 @@ class Till:
 
     def sweep(self, now: float) -> None:
         """Every 100 ms: who has waited too long; now and then, what to give back."""
-        late = [(e, b) for e, b in self._paying.items() if now - e.state_s >= PAY_S or now >= e.deadline_s]
+        late = [(e, b) for e, b in self._paying.items() if now - e.state_s >= PAY_S]
         for exchange, bill in late:
             lacking = (b for b, amount in bill.needs.items() if self._purse.left(b) < amount)
             exchange.fail(unknown(next(lacking, next(iter(bill.needs)))), now, "refused")
@@ -183,9 +180,8 @@ class Till:
             return
         for budget, amount in self._purse.surplus().items():
             self._say(RETURN, Returned(budget, amount))
-        if self._in_force is None:
-            self._in_force = frozenset(budget for key in self._slow.keys for budget in key.budgets)
-        self._purse.forget(self._in_force)
+        now_wall_s = wall_s()
+        self._purse.forget(lambda budget: (end_s := renews_s(budget)) is not None and end_s <= now_wall_s)
 
 
 def exceeded(budget: str, now_wall_s: float) -> RequestError:
