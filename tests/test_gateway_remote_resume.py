@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from neaptide.config import parse
 from neaptide.fleet.static import remote_rows
 from neaptide.link import Hello
-from neaptide.table import Fast, ReplicaRow, Table
+from neaptide.table import Caching, Fast, ReplicaRow, Table
 from tests.fake_link import FakeLinkReplica
 from tests.gateway_kit import (
     EVENT_HEAD,
@@ -184,6 +184,23 @@ def test_wherever_a_replica_dies_the_client_reads_one_whole_answer(
             assert [(a.replica, a.tokens) for a in row.attempts] == [("r0", lives), ("r1", len(TOKENS) - lives)]
             assert running.door.lanes["m"].metrics.resumes == 1
             assert len(second.asked[-1].json["messages"]) == (2 if lives else 1)
+
+    run(main())
+
+
+def test_what_is_told_again_of_an_answer_that_went_on_elsewhere_is_all_of_it() -> None:
+    async def main() -> None:
+        cached = {"cache": Caching(ttl_s=60)}
+        engines = (Engine("a", 5, at_a_boundary), Engine("b"))
+        async with serving(*engines, deployment=cached, **CONTINUES) as (running, (first, _)):
+            most = len(TOKENS)
+            while not first.asked:
+                most += 1
+                told_first = said(await running.ask(post(chat(stream=True, temperature=0, max_tokens=most))))
+            assert running.door.lanes["m"].metrics.resumes == 1
+            again = await running.ask(post(chat(stream=True, temperature=0, max_tokens=most)))
+            assert again.headers["x-neaptide-cache"] == "hit"
+            assert told(said(again)) == told(told_first) == TEXT
 
     run(main())
 
