@@ -11,6 +11,9 @@ NeaptideError                 what, why, fix; code E###, exit_code for the CLI, 
 
 from __future__ import annotations
 
+# What decoding a stranger's bytes may raise: msgspec follows nesting on the C stack, and says so by the second.
+UNREADABLE = (ValueError, RecursionError)
+
 
 class NeaptideError(Exception):
     """`what` happened (with the value), `why` (what was expected), `fix` (what to type). `code` is stable: E104."""

@@ -34,7 +34,7 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -83,16 +83,19 @@ class OpenHeader(msgspec.Struct, kw_only=True):
     emitted_chars: int | None = 0  # ... and how many characters of their text the client has; None: all that shows
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+
+
 class EndHeader(msgspec.Struct, kw_only=True):
-    status: int = 200
+    status: Annotated[int, msgspec.Meta(ge=200, le=599)] = 200
     finish: str = ""  # stop | length | abort | error
     error: str = ""  # slug when finish is "error" or status >= 400
     retryable: bool = False  # nothing was started: the gateway may try another replica
-    content_type: str = "application/json"
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    reasoning_tokens: int = 0  # of the whole answer, what others made of it included
-    output_tokens: int = 0
+    content_type: Annotated[str, msgspec.Meta(pattern=r"^[ -~]*\Z")] = "application/json"  # goes into a head as it is
+    prompt_tokens: _Count = 0
+    cached_tokens: _Count = 0
+    reasoning_tokens: _Count = 0  # of the whole answer, what others made of it included
+    output_tokens: _Count = 0
     queued_s: float = 0.0  # inside the replica, before its first step
     engine_s: float = 0.0
     kv_token_s: float = 0.0

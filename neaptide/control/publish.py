@@ -12,6 +12,7 @@ from typing import Protocol
 import msgspec
 
 from neaptide.clock import mono_s
+from neaptide.errors import UNREADABLE
 from neaptide.link import (
     ASK,
     FETCH,
@@ -106,7 +107,7 @@ class Publisher:
             while data := await reader.read(1 << 16):
                 for item in frames.feed(data):
                     gateway = self._take(item.type, item.payload, gateway, writer)
-        except (ConnectionError, LinkError, ValueError):
+        except (ConnectionError, LinkError, *UNREADABLE):
             return  # a broken peer reconnects; a foreign one has no business here
         finally:
             if gateway is not None and self.gateways.get(gateway.id) is gateway:
@@ -135,7 +136,7 @@ class Publisher:
         if kind != HELLO:
             raise LinkError("the first frame must be HELLO")
         hello = msgspec.json.decode(payload, type=Hello)
-        if hello.version != VERSION or not hmac.compare_digest(hello.token, self._token):
+        if hello.version != VERSION or not hmac.compare_digest(hello.token.encode(), self._token.encode()):
             raise LinkError(f"{hello.name} speaks version {hello.version}, or has not our token")
         mine = Hello(token=self._token, role="control", name="control", pid=os.getpid())
         writer.write(frame(0, HELLO, msgspec.json.encode(mine)))

@@ -103,7 +103,7 @@ class LinkConnection(asyncio.Protocol):
         try:
             for frame in self._reader.feed(data):
                 self._take(frame)
-        except (LinkError, msgspec.DecodeError, UnicodeDecodeError) as e:
+        except (LinkError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
             self._close(f"{type(e).__name__}: {e}")
             return
         self._server.flush()
@@ -205,7 +205,8 @@ class LinkConnection(asyncio.Protocol):
         if len(part) > stream.missing:
             raise LinkError(f"stream {stream.number} has more body than its body_bytes")
         stream.missing -= len(part)
-        stream.body.append(part)
+        if part:
+            stream.body.append(part)
         if stream.missing == 0 and stream.job is None:
             body, stream.body, stream.reserved = b"".join(stream.body), [], False
             if stream.opened.resumed:

@@ -20,7 +20,7 @@ from neaptide.errors import RequestError
 from neaptide.gateway import answer
 from neaptide.gateway.call import Call
 from neaptide.gateway.repeat import MISSES_AT_MOST, Repeat, learn
-from neaptide.gateway.rules import ONCE, cors_lines, framing_error, too_large_body, too_large_head
+from neaptide.gateway.rules import ONCE, cors_lines, framing_error, not_body, too_large_body, too_large_head
 from neaptide.table import Limits
 from neaptide.tls.context import subject
 
@@ -94,7 +94,7 @@ class Connection(asyncio.Protocol):
         self._serving: Call | None = None  # being answered
         self._ahead: deque[Call] = deque()
         self._held = b""  # bytes read while serving
-        self._seen = 0  # bytes of the unfinished head
+        self._seen = 0  # bytes of the unfinished head, then of what follows it
         self._in_body = self._ended = self._stepping = False
         self._reading = True
         self._linger_bytes = self._misses = 0
@@ -204,10 +204,9 @@ class Connection(asyncio.Protocol):
     def _feed(self, data: bytes) -> None:
         self._now = now = mono_s()
         fresh = self._incoming is None and not self._seen
-        if not self._in_body:
-            if not self._seen:
-                self.due_s = now + self._server.limits.header_s
-            self._seen += len(data)
+        if not self._in_body and not self._seen:
+            self.due_s = now + self._server.limits.header_s
+        self._seen += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as e:
@@ -219,8 +218,10 @@ class Connection(asyncio.Protocol):
             if not self._ended:  # what follows a refused request is nobody's
                 self._fatal(RequestError(400, f"The request is not valid HTTP: {e}.", slug="bad_http"), now)
         else:
-            if self._seen > self._server.limits.header_bytes and not self._in_body and not self._ended:
-                self._fatal(too_large_head(self._server.limits), now)
+            limits, call = self._server.limits, self._incoming
+            long = self._seen > limits.header_bytes and not self._ended
+            if long and (not self._in_body or (call is not None and not_body(call, self._seen, limits))):
+                self._fatal(too_large_head(limits), now)
         if self._serving is None and self._ahead:
             if fresh and self._misses < MISSES_AT_MOST and len(self._ahead) == 1 and self._incoming is None:
                 self._learn(data, self._ahead[0])

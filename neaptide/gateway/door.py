@@ -204,6 +204,17 @@ class Door:
     def _dispatch(self, exchange: Exchange, target: Target, now: float) -> None:
         lane, call, asked = exchange.lane, exchange.call, exchange.asked
         row = target.row
+        body, hide = call.body, False
+        if not target.link and call.route != "tokenize":
+            name = row.remote_model or lane.row.model
+            hide = asked.stream and not asked.include_usage
+            body = resume.body(exchange) if exchange.resumes else body
+            if hide or name != asked.model:
+                try:
+                    body = splice(body, model=name if name != asked.model else None, include_usage=hide)
+                except RequestError as error:
+                    exchange.fail(error, now, "refused")
+                    return
         if not exchange.begun:
             try:
                 self.journal.begin(record.begin(exchange, row))
@@ -215,13 +226,6 @@ class Door:
             exchange.account.charge(call.size * PROMPT_BYTE, exchange.rank)
         exchange.account.running += 1
         target.take()
-        body, hide = call.body, False
-        if not target.link and call.route != "tokenize":
-            name = row.remote_model or lane.row.model
-            hide = asked.stream and not asked.include_usage
-            body = resume.body(exchange) if exchange.resumes else body
-            if hide or name != asked.model:
-                body = splice(body, model=name if name != asked.model else None, include_usage=hide)
         exchange.sent(target, now, body, hide)
         self._upstreams[row.id].send(relay.between(exchange) if row.resumes else exchange)
         if exchange.paused_s and exchange.handle is not None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import msgspec
 
 from neaptide import link, table
+from neaptide.errors import UNREADABLE
 from neaptide.link import FETCH, GAUGES, GRANT, HELLO, RECALL, TABLE, FrameReader, Hello, LinkError, frame
 from neaptide.table import Delta, Gauges, Table
 
@@ -112,7 +113,7 @@ class Follower:
             try:
                 await self._converse(reader, writer)
                 failures = 0
-            except (OSError, LinkError, ValueError, TimeoutError) as e:
+            except (OSError, LinkError, *UNREADABLE, TimeoutError) as e:
                 log.warning("the connection to control broke: %s", e or type(e).__name__)
                 failures += 1
             finally:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from neaptide.clock import mono_s
+from neaptide.errors import UNREADABLE
 from neaptide.gateway import answer, sse
 from neaptide.gateway.call import Call
 from neaptide.gateway.seam import Seam
@@ -204,7 +205,7 @@ def _before_fault(data: bytes) -> tuple[bytes, Failure | None]:
     for found in _FAULT.finditer(data):
         try:
             error = _decode_fault(found[0][5:].strip()).error
-        except ValueError:
+        except UNREADABLE:
             continue
         if isinstance(error.code, int) and error.code >= 500:
             why = f"failed while answering ({error.message[:200]})"

@@ -7,6 +7,7 @@ from neaptide.gateway.call import Call
 from neaptide.table import Cors, Limits
 
 HEADERS_AT_MOST = 100
+FRAMING = 16  # bytes that bring a byte of a body in a chunk of its own: six, and some for what else a size line may say
 ONCE = frozenset((b"host", b"content-length", b"transfer-encoding", b"authorization", b"content-encoding", b"expect"))
 
 
@@ -26,6 +27,12 @@ def framing_error(call: Call, version: str, limits: Limits) -> RequestError | No
     if expect is not None and expect.lower() != b"100-continue":
         return RequestError(417, "Only `Expect: 100-continue` is served.", slug="expectation")
     return None
+
+
+def not_body(call: Call, seen: int, limits: Limits) -> bool:
+    """Whether too much of the `seen` bytes after a head are trailers and size lines: the parser gathers a trailer
+    without an end, and nothing else counts it."""
+    return b"transfer-encoding" in call.headers and seen > limits.header_bytes + FRAMING * call.size
 
 
 def cors_lines(call: Call, cors: Cors) -> bytes:

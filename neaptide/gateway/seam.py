@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from neaptide.errors import UNREADABLE
 from neaptide.gateway.transcript import DONE, Transcript, payloads
 
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -50,7 +51,7 @@ class Seam:
                     return b""
                 if choices:
                     fields["choices"] = msgspec.Raw(_encode(choices))
-        except (ValueError, TypeError):  # nothing that we understand: the client may
+        except (*UNREADABLE, TypeError, KeyError):  # nothing that we understand: the client may
             return payload
         fields.update({name: value for name, value in self._named.items() if name in fields})
         return _encode(fields)

@@ -10,6 +10,9 @@ import re
 
 import msgspec
 
+from neaptide.errors import UNREADABLE
+from neaptide.wire.peek import MOST_TOKENS
+
 TAIL_BYTES = 4096  # usage and finish reason are looked for in the last bytes of an answer
 EVENT_BYTES = 1 << 20  # longest unfinished event that is held back while looking for the usage chunk
 
@@ -69,7 +72,7 @@ def of_answer(body: bytes) -> tuple[Counts | None, str]:
     if len(body) <= TAIL_BYTES:
         try:
             read = _decode_answer(body)
-        except ValueError:
+        except UNREADABLE:
             pass  # not an answer as OpenAI describes it: perhaps one of its parts is
         else:
             word = read.choices[-1].finish_reason or "" if read.choices else ""
@@ -86,7 +89,7 @@ def usage(tail: bytes) -> Counts | None:
         if found := _USAGE.match(tail, at):
             try:
                 return _counts(_decode_usage(found[1]))
-            except ValueError:
+            except UNREADABLE:
                 return None
         at = tail.rfind(b'"usage"', 0, at)
     return None
@@ -97,8 +100,9 @@ def _counts(read: _Usage) -> Counts:
     prompt, output = read.prompt_tokens or 0, read.completion_tokens or 0
     cached = given.cached_tokens or 0 if given is not None else 0
     reasoning = made.reasoning_tokens or 0 if made is not None else 0
-    if prompt < 0 or cached < 0 or reasoning < 0 or output < 0:
-        return Counts(max(0, prompt), max(0, cached), max(0, reasoning), max(0, output))
+    most = prompt + cached + reasoning + output
+    if prompt < 0 or cached < 0 or reasoning < 0 or output < 0 or most > MOST_TOKENS:  # JSON's numbers have no end
+        return Counts(*(min(max(0, n), MOST_TOKENS) for n in (prompt, cached, reasoning, output)))
     return Counts(prompt, cached, reasoning, output)
 
 
@@ -118,7 +122,7 @@ def as_event(body: bytes) -> bytes:
     """A JSON body as one event: an event's data ends at a line's end, which JSON may have between its words."""
     try:
         line = msgspec.json.format(body, indent=-1)
-    except ValueError:
+    except UNREADABLE:
         line = msgspec.json.encode({"error": {"message": body.decode("utf-8", "replace"), "type": "api_error"}})
     return b"data: %b\n\n" % line
 
@@ -165,7 +169,7 @@ class HideUsage:
             return False
         try:
             read = _decode_event(line[5:].strip())
-        except ValueError:
+        except UNREADABLE:
             return False
         return not read.choices and bytes(read.usage).startswith(b"{")
 

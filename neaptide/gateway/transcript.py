@@ -12,6 +12,9 @@ from typing import Any
 
 import msgspec
 
+from neaptide.errors import UNREADABLE
+from neaptide.wire.peek import MOST_TOKENS
+
 TEXT_BYTES = 64 << 10  # of an answer's text that is kept
 FOLD_BYTES = 16 << 10  # of events that are kept before they are read
 DONE = b"[DONE]"
@@ -103,14 +106,14 @@ class Transcript:
             event = _decode(payload)
             if not self.named:
                 self.named = {n: v.copy() for n, v in _fields(payload).items() if n in NAMED}
-        except ValueError:
+        except UNREADABLE:
             return False
         choices = event.choices or ()
         if bytes(event.error) not in (b"", b"null") or len(choices) > 1:
             return False
         counted = event.usage.completion_tokens if event.usage is not None else None
         if counted is not None:
-            self.tokens = counted
+            self.tokens = min(max(0, counted), MOST_TOKENS)
         return not choices or self._hear(choices[0], counted is None)
 
     def _hear(self, choice: _Choice, count: bool) -> bool:

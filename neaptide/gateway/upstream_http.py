@@ -140,6 +140,7 @@ class Connection(asyncio.Protocol):
         "_begun",
         "_between",
         "_complete",
+        "_dry",
         "_head",
         "_head_seen",
         "_headers",
@@ -178,7 +179,7 @@ class Connection(asyncio.Protocol):
         self._headers: dict[bytes, bytes] = {}
         self._begun = self._headers_done = self._complete = False
         self._until_eof = self._reusable = self._unwanted = False
-        self._head_seen = 0
+        self._head_seen = self._dry = 0
 
     # --- its life
 
@@ -270,6 +271,10 @@ class Connection(asyncio.Protocol):
         if self._between:
             self._between = data.endswith(b"\r\n")  # else a part of the next size line has been read
         parts = self._parts
+        self._dry = 0 if parts else self._dry + len(data)
+        if self._dry > HEAD_AT_MOST and self._headers_done:
+            self._bad(sink, f"sent trailers or size lines of more than {HEAD_AT_MOST} bytes")
+            return
         if self._complete or self._unwanted or not self._headers_done:
             self._after_read(data, sink)
         elif parts:
@@ -343,7 +348,7 @@ class Connection(asyncio.Protocol):
         self._begun = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._complete:
+        if not self._headers_done:  # else a trailer
             self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:

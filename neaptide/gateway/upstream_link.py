@@ -17,6 +17,7 @@ import msgspec
 
 from neaptide import link
 from neaptide.clock import mono_s
+from neaptide.errors import UNREADABLE
 from neaptide.gateway.route import Target
 from neaptide.gateway.upstream import Failure, Sink
 from neaptide.link import (
@@ -314,7 +315,7 @@ class Wire(asyncio.Protocol):
                     return
                 frames = self._greet(frames)
             self._client.take(frames, now)
-        except (LinkError, ValueError) as e:
+        except (LinkError, *UNREADABLE) as e:
             log.warning("replica %s broke the link's protocol: %s", self._client.row.id, e)
             if not self.greeted.done():
                 self.greeted.set_exception(e if isinstance(e, LinkError) else LinkError(str(e)))

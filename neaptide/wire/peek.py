@@ -12,7 +12,7 @@ from typing import Annotated
 
 import msgspec
 
-from neaptide.errors import RequestError
+from neaptide.errors import UNREADABLE, RequestError
 
 MAX_MODEL_CHARS = 256
 MOST_TOKENS = 2**31 - 1
@@ -80,7 +80,7 @@ def peek(body: bytes) -> Peek:
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise RequestError(400, f"The body is not valid JSON: {e}.", slug="invalid_json") from None
     except RecursionError:
-        raise RequestError(400, "The body is nested too deeply.", slug="invalid_json") from None
+        raise _too_deep() from None
     if not asked.model or len(asked.model) > MAX_MODEL_CHARS or not asked.model.isprintable():
         raise RequestError(
             400, f"'model' must be 1 to {MAX_MODEL_CHARS} printable characters.", param="model", slug="invalid_value"
@@ -100,7 +100,7 @@ def replays(body: bytes) -> frozenset[str]:
     engine.protocol.Description's `replayable`. Chance without a seed is none: any continuation is as good a sample."""
     try:
         asked = _decode_sampled(body)
-    except ValueError:  # a replica has taken what we cannot read
+    except UNREADABLE:  # a replica has taken what we cannot read
         return frozenset(("unknown",))
     found = {
         "greedy": asked.temperature == 0,
@@ -120,9 +120,14 @@ def answers(body: bytes) -> int:
         wanted = _decode_wanted(body)
     except msgspec.ValidationError as e:
         raise _mistyped(str(e)) from None
+    except RecursionError:
+        raise _too_deep() from None
     prompts, listed = 1, bytes(wanted.prompt).lstrip()
     if listed.startswith(b"["):
-        found = _decode_prompts(listed)
+        try:
+            found = _decode_prompts(listed)
+        except RecursionError:
+            raise _too_deep() from None
         if found and bytes(found[0]).lstrip()[:1] in (b'"', b"["):  # else the ids of one prompt
             prompts = len(found)
     return prompts * max(1, wanted.n or 1, wanted.best_of or 1)
@@ -132,8 +137,12 @@ def splice(
     body: bytes, *, model: str | None = None, include_usage: bool = False, max_tokens: int | None = None
 ) -> bytes:
     """`body` with `model` replaced, `stream_options.include_usage` set to true, the most tokens set (under the name
-    that counts there); nested values elsewhere keep their bytes. `body` must be one that `peek` accepted."""
-    fields = _fields.decode(body)
+    that counts there); nested values elsewhere keep their bytes. `body` must be one that `peek` accepted. RequestError
+    400 where it is nested almost too deeply for `peek`, and the stack is higher here."""
+    try:
+        fields = _fields.decode(body)
+    except RecursionError:
+        raise _too_deep() from None
     if model is not None:
         fields["model"] = msgspec.Raw(_encode(model))
     if max_tokens is not None:
@@ -145,6 +154,10 @@ def splice(
         inner["include_usage"] = msgspec.Raw(b"true")
         fields["stream_options"] = msgspec.Raw(_encode(inner))
     return _encode(fields)
+
+
+def _too_deep() -> RequestError:
+    return RequestError(400, "The body is nested too deeply.", slug="invalid_json")
 
 
 def _check_utf8(body: bytes) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from neaptide.errors import UNREADABLE
+
 FREE = frozenset(
     (
         *("model", "messages", "prompt", "stream", "stream_options", "max_tokens", "max_completion_tokens"),
@@ -52,7 +54,7 @@ def rest(body: bytes, chat: bool, text: str, tokens: int) -> bytes | None:
             return None
         _shorten(fields, tokens)
         goes_on = _chat(fields, text) if chat else _completion(fields, text)
-    except (ValueError, TypeError, KeyError):  # a replica has taken what we cannot read
+    except (*UNREADABLE, TypeError, KeyError):  # a replica has taken what we cannot read
         return None
     return _encode(fields) if goes_on else None
 
