@@ -244,12 +244,14 @@ class LinkClient:
 
     def _take_other(self, number: int, kind: int, payload: bytes, now: float) -> None:
         if kind == END:
-            stream = self._streams.pop(number, None)
+            stream = self._streams.get(number)
             if stream is not None:
                 header, rest = link.split_header(payload)
+                end = _decode_end(header)
+                del self._streams[number]  # not before: of a bad header it hears as one of the streams that are lost
                 if stream.batch is not None:
                     _deliver(stream, now)
-                stream.sink.on_link_end(_decode_end(header), rest, now)
+                stream.sink.on_link_end(end, rest, now)
                 if self._closing and not self._streams:
                     self._end()
         elif kind == LOAD and number == 0:
