@@ -19,6 +19,7 @@ BENCHMARKS = {
     "scale-out": ("bench.scale_out", [], ["--replicas", "10", "--from-zero", "1"]),
     "truth": ("bench.truth", [], LOOK_AT_TRUTH),
     "simulate": ("bench.simulate", [], ["--requests", "3000", "--exact", "500", "--repeat", "1"]),
+    "choice": ("bench.choice", [], ["--arrivals", "500", "--busy", "2", "--repeat", "1"]),
     "soak": ("bench.soak", [], ["--requests", "1000", "--round", "100"]),
 }
 

@@ -24,7 +24,10 @@ from neaptide.fleet.listen import address, bind
 from neaptide.fleet.process import ChildSpec
 from neaptide.fleet.state import StateDir, write_private
 from neaptide.fleet.supervisor import Report, Supervisor
+from neaptide.gateway import counters
 from neaptide.specs import ControlSpec, GatewaySpec
+from neaptide.tls.context import serving
+from neaptide.tls.settings import ListenTls
 
 START_LIMIT_S = 600.0  # a large model from a cold disk; `up` gives up after it
 
@@ -97,6 +100,10 @@ def up(options: UpOptions, say: Callable[[Report], None], ready: Callable[[Up], 
     state.create()
     lock_fd = state.lock()
     say(Report(stage="config", text=str(origin), seconds=mono_s() - began_s))
+    for tls in filter(None, (settings.tls, settings.admin.tls)):
+        serving(tls)  # what is wrong with it should be said here, not in a log
+    for leaf in (state.api_leaf, state.admin_leaf):
+        leaf.unlink(missing_ok=True)
     sockets = open_sockets(settings)
     write_private(state.config_json, json.dumps({"origin": str(origin), "text": text}))
     for stale in state.root.glob("table-*.json"):
@@ -118,8 +125,9 @@ class Service:
     ) -> None:
         self.options, self.settings, self.state, self.sockets = options, settings, state, sockets
         self._say = say
-        self.api = f"http://{address(sockets.api[0])}/v1"
-        self.admin = f"http://{address(sockets.admin)}/"
+        self.api = f"{_scheme(settings.tls)}://{address(sockets.api[0])}/v1"
+        self.admin = f"{_scheme(settings.admin.tls)}://{address(sockets.admin)}/"
+        self.counters_fd = counters.create()
         self.token = secrets.token_hex(32)  # this boot's: shared by its processes, never stored
         self.pepper = state.secret(state.pepper)
         self.key = state.secret(state.key, "sk-" + secrets.token_urlsafe(32))
@@ -194,6 +202,7 @@ class Service:
             api_url=self.api,
             admin_url=self.admin,
             grace_s=self.options.grace_s,
+            admin_tls=self.settings.admin.tls,
         )
         document = msgspec.Raw(msgspec.json.encode(spec))
         return ChildSpec(
@@ -221,11 +230,17 @@ class Service:
             segment_bytes=self.settings.journal.segment_mib << 20,
             grace_s=self.options.grace_s,
             version=__version__,
+            tls=self.settings.tls,
+            tls_leaf=str(self.state.api_leaf),
+            counters_fd=self.counters_fd,
         )
         document = msgspec.Raw(msgspec.json.encode(spec))
-        return ChildSpec(
-            kind="gateway", id=id, epoch=epoch, module="neaptide.gateway", document=document, fds=(listen_fd,)
-        )
+        fds = (listen_fd, self.counters_fd)
+        return ChildSpec(kind="gateway", id=id, epoch=epoch, module="neaptide.gateway", document=document, fds=fds)
+
+
+def _scheme(tls: ListenTls | None) -> str:
+    return "https" if tls is not None else "http"
 
 
 def access_name(number: int) -> str:

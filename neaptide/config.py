@@ -18,9 +18,12 @@ from urllib.parse import urlsplit
 import msgspec
 import yaml
 
+from neaptide.elastic import check_scale, check_told
 from neaptide.errors import ConfigError
+from neaptide.remotes import check_traffic
 from neaptide.specs import EngineOptions
-from neaptide.table import Cors, Limits, Timeouts
+from neaptide.table import Caching, Cors, Degrade, Limits, Timeouts, unsound
+from neaptide.tls.settings import ListenTls, ReplicaTls, placed_listener, placed_replica
 from neaptide.types import Event, Rule, Scale, Slo, Spares, Standby
 
 DEFAULT_TEXT = """\
@@ -49,7 +52,11 @@ class RemoteReplica(Part, frozen=True, kw_only=True):
     url: str  # http://host:port/v1
     model: str = ""  # its id there; default: the deployment's name
     key: str = ""  # env:NAME, file:PATH; resolved on load
-    max_running: int | None = None  # absent = unlimited
+    max_running: int | None = None  # absent = unlimited; adaptive concurrency stays below it
+    tls: ReplicaTls | None = None
+    resumes: bool = False  # it continues a chat's last message where `continue_final_message` says so, as vLLM does
+    revision: str = ""  # default: the deployment's
+    outside: bool | None = None  # absent: unless the URL names this host
 
 
 class GpuSource(Part, frozen=True, kw_only=True):
@@ -72,13 +79,17 @@ class ModelSettings(Part, frozen=True, kw_only=True):
     scale: Scale = Scale()
     slo: Slo = Slo()
     replicas: tuple[RemoteReplica, ...] = ()
+    concurrency: Literal["adaptive", "fixed"] = "adaptive"  # of `replicas`: learnt, or max_running alone
     gpus: tuple[GpuSource, ...] = ()  # that its replicas run on, as far as exporters tell of them
+    traffic: dict[str, int] = {}  # percent by revision, of such replicas; empty: whichever has room
     aliases: tuple[str, ...] = ()
     timeouts: Timeouts = Timeouts()
     max_waiting: int = 1024
     max_wait_s: float = 60.0
     max_tokens_default: int = 1024
     prefix_cache: Literal["shared", "tenant", "off"] = "shared"
+    cache: Caching = Caching()
+    degrade: tuple[Degrade, ...] = ()  # under pressure
 
 
 class PoolSettings(Part, frozen=True, kw_only=True):
@@ -90,6 +101,7 @@ class PoolSettings(Part, frozen=True, kw_only=True):
 
 class AdminSettings(Part, frozen=True, kw_only=True):
     listen: str | None = None  # None: 127.0.0.1:8001, or a free port when `up --port` is given
+    tls: ListenTls | None = None
 
 
 class JournalSettings(Part, frozen=True, kw_only=True):
@@ -120,10 +132,15 @@ class Price(Part, frozen=True, kw_only=True):
 
 class TenantSettings(Part, frozen=True, kw_only=True):
     weight: float = 1.0  # of tokens, where several tenants wait for the same model
+    data: Literal["any", "inside"] = "any"  # inside: its requests never go to a replica that is outside
+    rpm: int | None = None  # of all its keys together: requests in any minute; None: no limit
+    tpm: int | None = None  # tokens in any minute, of prompts and answers
+    concurrency: int | None = None  # requests at once, those that wait included
 
 
 class Settings(Part, frozen=True, kw_only=True):
     listen: str = "127.0.0.1:8000"
+    tls: ListenTls | None = None
     admin: AdminSettings = AdminSettings()
     models: dict[str, ModelSettings] = {}
     pools: dict[str, PoolSettings] = {}
@@ -287,7 +304,8 @@ def _unknown_key(name: str, where: str, origin: str) -> ConfigError:
 
 
 def _parts() -> list[type[msgspec.Struct]]:
-    return [*Part.__subclasses__(), EngineOptions, Limits, Cors, Timeouts, Scale, Standby, Spares, Slo, Rule, Event]
+    told = (EngineOptions, Limits, Cors, Timeouts, Caching, Degrade, Scale, Standby, Spares, Slo, Rule, Event)
+    return [*Part.__subclasses__(), *told, ListenTls, ReplicaTls]
 
 
 def _checked(s: Settings, origin: str, base: Path) -> Settings:
@@ -303,6 +321,13 @@ def _checked(s: Settings, origin: str, base: Path) -> Settings:
         if not MOST_UNEQUAL[0] <= tenant.weight <= MOST_UNEQUAL[1]:
             what = f"{origin}: tenants.{name}.weight: {tenant.weight:g}"
             raise ConfigError(what, code="E108", fix="a number from {:g} to {:g}; 1 is usual".format(*MOST_UNEQUAL))
+        if tenant.data == "inside" and s.auth == "off":
+            what = f"{origin}: tenants.{name}.data: inside, and auth is off"
+            raise ConfigError(what, why="nobody's tenant is known then", code="E108", fix="set auth: keys")
+        for limit, value in (("rpm", tenant.rpm), ("tpm", tenant.tpm), ("concurrency", tenant.concurrency)):
+            if value is not None and not 1 <= value <= 10**12:
+                what = f"{origin}: tenants.{name}.{limit}: {value}"
+                raise ConfigError(what, code="E108", fix="1 or more, or leave it out for no limit")
     taken: dict[str, str] = {}
     for name, model in s.models.items():
         for label in (name, *model.aliases):
@@ -315,9 +340,13 @@ def _checked(s: Settings, origin: str, base: Path) -> Settings:
             if label in taken:
                 raise ConfigError(f"{origin}: {label!r} names both {taken[label]} and {name}", code="E107")
             taken[label] = name
+        if wrong := unsound(model.degrade, model.cache.ttl_s > 0, s.models.keys() - {name}):
+            raise ConfigError(f"{origin}: models.{name}.degrade: {wrong}", code="E108", fix="docs/configuration.md")
     _check_pools(s, origin, taken)
     return msgspec.structs.replace(
         s,
+        tls=placed_listener(s.tls, "tls", base),
+        admin=msgspec.structs.replace(s.admin, tls=placed_listener(s.admin.tls, "admin.tls", base)),
         models={n: _resolved(n, m, base) for n, m in s.models.items()},
         ledger=_ledger(s.ledger),
         store=placed_store(s.store, base),
@@ -343,8 +372,8 @@ def _check_pools(s: Settings, origin: str, taken: dict[str, str]) -> None:
                 raise ConfigError(what, code="E108", fix="a model is in one pool, once")
             pool_of[model] = key
         _check_members(key, pool, s.models)
-        _check_scale(pool.scale, f"{key}.scale")
-        _check_told(pool.scale, f"{key}.scale", any(s.models[m].gpus for m in pool.models))
+        check_scale(pool.scale, f"{key}.scale")
+        check_told(pool.scale, f"{key}.scale", any(s.models[m].gpus for m in pool.models))
 
 
 def _check_members(key: str, pool: PoolSettings, models: dict[str, ModelSettings]) -> None:
@@ -367,8 +396,11 @@ def _check_members(key: str, pool: PoolSettings, models: dict[str, ModelSettings
 
 def _resolved(name: str, m: ModelSettings, base: Path) -> ModelSettings:
     key = f"models.{name}"
-    _check_scale(m.scale, f"{key}.scale")
-    _check_told(m.scale, f"{key}.scale", bool(m.gpus))
+    check_scale(m.scale, f"{key}.scale")
+    check_told(m.scale, f"{key}.scale", bool(m.gpus))
+    if not m.cache.is_sane:
+        what = f"{key}.cache: ttl_s {m.cache.ttl_s:g}, memory_mib {m.cache.memory_mib}, price {m.cache.price:g}"
+        raise ConfigError(what, code="E108", fix="ttl_s: 0 (off) or more; memory_mib: 1 or more; price: 0 to 1")
     for i, exporter in enumerate(m.gpus):
         _check_gpus(exporter, f"{key}.gpus[{i}]")
     if m.replicas and m.scale.max > m.scale.min:
@@ -386,47 +418,12 @@ def _resolved(name: str, m: ModelSettings, base: Path) -> ModelSettings:
         )
     if not m.replicas and m.source is None and m.engine != "echo" and name != "guide":
         raise ConfigError(f"{key}: neither source nor replicas", code="E108", fix=f"add {key}.source: DIR")
-    remotes = tuple(_remote(r, f"{key}.replicas[{i}]") for i, r in enumerate(m.replicas))
+    check_traffic(key, m.traffic, [r.revision for r in m.replicas])
+    remotes = tuple(_remote(r, f"{key}.replicas[{i}]", base) for i, r in enumerate(m.replicas))
     source = m.source
     if source and source.startswith((".", "~")):
         source = str((base / Path(source).expanduser()).resolve())
     return msgspec.structs.replace(m, replicas=remotes, source=source)
-
-
-def _check_scale(s: Scale, key: str) -> None:
-    if s.min < 0 or s.max < s.min:
-        raise ConfigError(f"{key}: min {s.min}, max {s.max}", code="E108", fix="0 <= min <= max")
-    if s.target is not None and not 0 < s.target < math.inf:
-        raise ConfigError(f"{key}.target: {s.target:g}", code="E108", fix="a number over 0, such as 0.8")
-    for name, price in (("price_per_hour", s.price_per_hour), ("budget_per_hour", s.budget_per_hour or 0.0)):
-        if not 0 <= price < math.inf:
-            raise ConfigError(f"{key}.{name}: {price:g}", code="E108", fix="0 or more")
-    if s.budget_per_hour is not None and not s.price_per_hour:
-        raise ConfigError(f"{key}: a budget without a price", code="E108", fix=f"add {key}.price_per_hour")
-    if not s.standby.is_sane:
-        what = f"{key}.standby: max {s.standby.max}, rent {s.standby.rent:g}"
-        raise ConfigError(what, code="E108", fix="max: 0 or more; rent: over 0, at most 1, such as 0.1")
-    if bool(s.rules) != (s.policy == "thresholds"):
-        fix = f"add {key}.rules" if not s.rules else f"set {key}.policy: thresholds, or remove the rules"
-        raise ConfigError(f"{key}: policy {s.policy} with {len(s.rules)} rules", code="E108", fix=fix)
-    for i, rule in enumerate(s.rules):
-        _check_rule(rule, f"{key}.rules[{i}]")
-    for i, event in enumerate(s.calendar):
-        span_s(event, f"{key}.calendar[{i}]")
-
-
-def _check_rule(r: Rule, key: str) -> None:
-    if (r.above is None) == (r.below is None):
-        raise ConfigError(f"{key}: either above or below", code="E108", fix=f"{key}: {{signal: {r.signal}, above: 4}}")
-    if r.add == 0 or min(r.for_s, r.cooldown_s) < 0:
-        fix = "add: 1 or more, or -1 or less; for_s and cooldown_s: 0 or more"
-        raise ConfigError(f"{key}: add {r.add}, for_s {r.for_s:g}, cooldown_s {r.cooldown_s:g}", code="E108", fix=fix)
-
-
-def _check_told(s: Scale, key: str, has_gpus: bool) -> None:
-    if not has_gpus and any(rule.signal == "gpu_usage" for rule in s.rules):
-        fix = "add gpus to the model: gpus: [{url: http://127.0.0.1:9400/metrics}]"
-        raise ConfigError(f"{key}: a rule on gpu_usage, and no exporter tells of it", code="E108", fix=fix)
 
 
 def _check_gpus(g: GpuSource, key: str) -> None:
@@ -454,25 +451,12 @@ def _is_plain_url(url: str) -> bool:
         return False
 
 
-def span_s(event: Event, key: str = "calendar") -> tuple[float, float]:
-    """An event's start and end in wall seconds; times without an offset are local. ConfigError when it has none."""
-    try:
-        start, end = (datetime.datetime.fromisoformat(t).timestamp() for t in (event.start, event.end))
-    except (ValueError, OverflowError) as e:
-        fix = "write 2026-11-11T20:00, or 2026-11-11T20:00+08:00"
-        raise ConfigError(f"{key}: {e}", code="E108", fix=fix) from None
-    if end <= start:
-        raise ConfigError(f"{key}: it ends at {event.end}, before it starts", code="E108", fix="start before end")
-    if not 0 < event.factor < math.inf:
-        raise ConfigError(f"{key}.factor: {event.factor:g}", code="E108", fix="a number over 0: 3 for three times")
-    return start, end
-
-
-def _remote(r: RemoteReplica, key: str) -> RemoteReplica:
+def _remote(r: RemoteReplica, key: str, base: Path) -> RemoteReplica:
     if not re.fullmatch(r"https?://[^/\s]+(/.*)?", r.url):
         raise ConfigError(f"{key}.url: {r.url!r}", code="E108", fix="write it as http://host:port/v1")
     if r.max_running is not None and r.max_running < 1:
         raise ConfigError(f"{key}.max_running: {r.max_running}", code="E108", fix="1 or more, or leave it out")
+    r = msgspec.structs.replace(r, tls=placed_replica(r.tls, r.url, f"{key}.tls", base))
     return msgspec.structs.replace(r, key=secret(r.key, f"{key}.key")) if r.key else r
 
 

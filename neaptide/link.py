@@ -45,6 +45,7 @@ STALL_S = 30.0
 
 HELLO, OPEN, BODY, HEADERS, TOKEN, END, ABORT, CREDIT, LOAD, TALLY, DRAIN = range(11)
 TABLE, GAUGES, WAKE, FETCH = 32, 33, 34, 35  # gateway <-> control, see table.py
+LEASES, ASK, GRANT, RECALL, RETURN = range(36, 41)  # the same, of budgets
 
 _HEAD = struct.Struct("<IIB")
 HEAD_BYTES = _HEAD.size

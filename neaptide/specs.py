@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from neaptide.tls.settings import ListenTls
+
 
 class MemberSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What is a model's own in a replica that serves several; the fields of ReplicaSpec of the same names."""
@@ -77,6 +79,9 @@ class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True):
     segment_bytes: int = 8 << 20
     grace_s: float = 20.0
     version: str = ""
+    tls: ListenTls | None = None
+    tls_leaf: str = ""  # where the certificate in force is told
+    counters_fd: int | None = None  # what all gateways of this host count limits in; None: this one counts alone
 
 
 class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,3 +95,4 @@ class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):
     api_url: str  # http://host:port/v1
     admin_url: str
     grace_s: float = 20.0
+    admin_tls: ListenTls | None = None

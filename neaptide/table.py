@@ -10,14 +10,25 @@ gateway persists what it holds (0600) and starts from it while control is away.
     TABLE   control   JSON Delta; `base_*` equal to what the gateway holds, or whole=True
     GAUGES  gateway   JSON Gauges, every 250 ms and at once when a request starts to wait with no ready replica
     WAKE    control   reserved
+
+Of budgets (docs/decisions/0039-budgets-in-leases.md), each in the order of sending:
+
+    LEASES  gateway   JSON Leases, whole, right after control's HELLO: nothing else of these is heard before
+    ASK     gateway   JSON Ask; GRANT answers it
+    GRANT   control   JSON Granted
+    RECALL  control   JSON Recalled; RETURN answers it
+    RETURN  gateway   JSON Returned; without a RECALL, too
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Literal, NamedTuple
 
 import msgspec
+
+from neaptide.tls.settings import ReplicaTls
+from neaptide.types import Rate
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,6 +40,56 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     total_s: float = 900.0
 
 
+class Caching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Answers that are given again to identical requests of one tenant, in each gateway process."""
+
+    ttl_s: float = 0.0  # how old an answer may be; 0: none is kept
+    memory_mib: int = 64  # for answers, those being recorded included
+    price: float = 0.0  # of one that is given again, as a share of the list price
+
+    @property
+    def is_sane(self) -> bool:
+        return 0 <= self.ttl_s < float("inf") and self.memory_mib >= 1 and 0 <= self.price <= 1
+
+
+class Degrade(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Under pressure: once a newcomer would wait longer than `wait_s`, one of the others."""
+
+    wait_s: float
+    max_tokens: int | None = None  # answers are no longer than that
+    model: str = ""  # requests go to this deployment
+    stale_s: float | None = None  # an answer from the cache may be so old
+    refuse: Literal["low"] | None = None  # requests of this class are refused
+
+    @property
+    def kinds(self) -> list[str]:
+        """What it does: exactly one of DEGRADES, if it is sound."""
+        return [name for name in DEGRADES if getattr(self, name) not in (None, "")]
+
+
+DEGRADES = ("max_tokens", "model", "stale_s", "refuse")  # in the order in which they are to come
+
+
+def unsound(steps: Sequence[Degrade], cached: bool, others: Collection[str]) -> str:
+    """What is wrong with these steps of a deployment; "" where nothing is. `others`: the models they may name."""
+    before = 0.0, -1
+    for step in steps:
+        kinds, most = step.kinds, step.max_tokens if step.stale_s is None else step.stale_s
+        if len(kinds) != 1 or not before[0] < step.wait_s < float("inf") or not (most is None or most > 0):
+            return (
+                "each step has one of max_tokens, model, stale_s and refuse, over 0, and a longer wait_s than the last"
+            )
+        if step.model and step.model not in others:
+            return f"{step.model} is no other model of this file"
+        if step.stale_s is not None and not cached:
+            return "stale_s needs a cache: add cache: {ttl_s: 300}"
+        place = DEGRADES.index(kinds[0])
+        if place <= before[1]:
+            return f"the order is {', '.join(DEGRADES)}, each once"
+        before = step.wait_s, place
+    return ""
+
+
 class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     model: str  # the deployment's name
@@ -38,8 +99,11 @@ class ReplicaRow(msgspec.Struct, frozen=True, kw_only=True):
     state: str = "ready"  # ready | draining: it leaves or stands by, and is given nothing
     token: str = ""  # boot token (link) or API key to send (http); never logged
     remote_model: str = ""  # spliced into the body when the replica knows the model by another id
-    max_running: int | None = None  # None = unlimited until adaptive concurrency binds
+    max_running: int | None = None  # at most; None = unlimited until adaptive concurrency binds
+    resumes: bool = False  # http: it goes on with a text that another has begun
     members: dict[str, str] = {}  # of a pool, whose name `model` is then: revision by model
+    tls: ReplicaTls | None = None  # of an https endpoint; None: checked against the system's store
+    outside: bool = False  # what is sent there leaves the house: never a request whose key keeps its data inside
 
     def serves(self) -> Collection[str]:
         """The models that it takes requests for."""
@@ -61,7 +125,28 @@ class DeploymentRow(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens_default: int = 1024
     failing: str = ""  # why no replica starts; non-empty and no replica: 503 with this text
     slo_ttft_s: float = 1.0  # a first token that comes later is counted as late
+    traffic: dict[str, int] = {}  # percent of new requests by revision; empty: whichever replica has room
+    slo_tpot_s: float = 0.1
+    adaptive: bool = False  # how many requests a replica gets that does not tell what it takes is learnt
     affinity: bool = False  # prompts that begin alike go to the same replica: it has a prefix cache that they share
+    cache: Caching = Caching()
+    degrade: tuple[Degrade, ...] = ()
+
+
+class Quota(msgspec.Struct, frozen=True, array_like=True):
+    """What a key may take, or all keys of a tenant together; None: without limit."""
+
+    of: Literal["key", "tenant"]
+    rpm: int | None = None  # requests in any minute
+    tpm: int | None = None  # tokens in any minute, of prompts and answers
+    concurrency: int | None = None  # requests at once, those that wait included
+
+
+def quotas(
+    of: Literal["key", "tenant"], rpm: int | None, tpm: int | None, concurrency: int | None
+) -> tuple[Quota, ...]:
+    """One, or none where there is no limit."""
+    return () if rpm is tpm is concurrency is None else (Quota(of, rpm, tpm, concurrency),)
 
 
 class KeyRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +157,21 @@ class KeyRow(msgspec.Struct, frozen=True, kw_only=True):
     project: str = ""
     priority: str = "normal"  # highest class this key may ask for
     models: tuple[str, ...] = ()  # empty: all
+    inside: bool = False  # its requests never go to a replica that is outside
     disabled: bool = False
+    budgets: tuple[str, ...] = ()  # that its requests are paid from, by their names in this period
+    strict: bool = False  # they reserve all of the max_tokens that they ask for
+    expires_wall_s: float | None = None  # refused from then on; None: never
+    scopes: tuple[str, ...] = ()  # inference | models | tokenize; empty: all
+    quotas: tuple[Quota, ...] = ()  # its own and its tenant's
+
+
+class Prices(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the deployments that have one."""
+
+    version: int = 0
+    currency: str = ""
+    rates: dict[str, Rate] = {}  # by deployment
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,6 +196,7 @@ class Slow(msgspec.Struct, frozen=True, kw_only=True):
     cors: Cors = Cors()
     auth: bool = True  # false only where the config says `auth: off`
     weights: dict[str, float] = {}  # by tenant; 1 where none is given
+    prices: Prices = Prices()
 
 
 class Fast(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +226,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cors: Cors | None = None
     auth: bool | None = None
     weights: dict[str, float] | None = None
+    prices: Prices | None = None
 
 
 class ModelGauge(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -161,6 +262,53 @@ class Held(NamedTuple):
     gave: int  # back
 
 
+class CertificateGauge(msgspec.Struct, frozen=True, kw_only=True):
+    """The certificate that a listener serves with."""
+
+    subject: str
+    not_after_s: float  # wall
+    refused: str = ""  # why a newer one, which lies in its files, is not in force
+
+
+class Leases(NamedTuple):
+    """What a gateway holds, by its own account."""
+
+    connection: int  # of this gateway, counted by it: what an older one still holds is not heard
+    held: dict[str, Held]  # by budget
+    more: bool = False  # another part follows
+
+
+class Ask(NamedTuple):
+    """To control."""
+
+    number: int
+    wants: dict[str, Want]  # by budget
+
+
+class Granted(NamedTuple):
+    """To a gateway, of one Ask."""
+
+    number: int
+    amounts: dict[str, int]  # by budget
+    exhausted: tuple[str, ...]  # budgets that have no more than this
+    unknown: bool = False  # control does not know yet
+
+
+class Recalled(NamedTuple):
+    """To a gateway: give back what is not reserved of this budget."""
+
+    budget: str
+    round: int
+
+
+class Returned(NamedTuple):
+    """A gateway gives back; `round`: of the RECALL that it answers, 0 of none."""
+
+    budget: str
+    amount: int
+    round: int = 0
+
+
 class Gauges(msgspec.Struct, frozen=True, kw_only=True):
     gateway: str
     mono_s: float
@@ -170,7 +318,9 @@ class Gauges(msgspec.Struct, frozen=True, kw_only=True):
     models: dict[str, ModelGauge] = {}
     replicas: dict[str, int] = {}  # replica id -> requests in flight from here
     unreachable: tuple[str, ...] = ()  # replicas whose connection failed lately
+    erring: tuple[str, ...] = ()  # replicas that are left out because they answer with errors
     disk: str = ""  # non-empty: new requests are refused because this disk is full
+    certificate: CertificateGauge | None = None
 
 
 def difference(old: Table, new: Table) -> Delta:
@@ -193,6 +343,7 @@ def difference(old: Table, new: Table) -> Delta:
         cors=new.slow.cors if new.slow.cors != old.slow.cors else None,
         auth=new.slow.auth if new.slow.auth != old.slow.auth else None,
         weights=new.slow.weights if new.slow.weights != old.slow.weights else None,
+        prices=new.slow.prices if new.slow.prices != old.slow.prices else None,
     )
 
 
@@ -210,6 +361,7 @@ def whole(table: Table) -> Delta:
         cors=slow.cors,
         auth=slow.auth,
         weights=slow.weights,
+        prices=slow.prices,
     )
 
 
@@ -232,11 +384,12 @@ def apply(table: Table, delta: Delta) -> Table | None:
         cors=delta.cors or old.cors,
         auth=old.auth if delta.auth is None else delta.auth,
         weights=old.weights if delta.weights is None else delta.weights,
+        prices=delta.prices or old.prices,
     )
     return Table(fast=Fast(version=delta.fast, replicas=tuple(replicas.values())), slow=slow)
 
 
-KEYS_A_FRAME = 2_000  # a key row is at most a few hundred bytes: a frame stays far below its limit
+KEYS_A_FRAME = 1_000  # a key row is some hundred bytes, its budgets included: a frame stays below its limit
 
 
 def parts(delta: Delta) -> list[Delta]:

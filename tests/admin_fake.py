@@ -12,11 +12,15 @@ from pathlib import Path
 import msgspec
 import uvicorn
 
+from neaptide.clock import Clock, RealClock
 from neaptide.config import parse
 from neaptide.control.admin import build_app
+from neaptide.control.gate import Access
 from neaptide.control.port import (
     ApplyReport,
     BackupReport,
+    BudgetRow,
+    Budgets,
     Change,
     ChoiceRow,
     Choices,
@@ -29,10 +33,12 @@ from neaptide.control.port import (
     DownReport,
     GatewayStatus,
     GroupBy,
+    KeyChange,
     KeyInfo,
     Keys,
     LedgerStatus,
     Models,
+    NewBudget,
     NewKey,
     NewOverride,
     NotFoundError,
@@ -50,6 +56,7 @@ from neaptide.control.port import (
     UsageTotal,
     UsageTotals,
 )
+from neaptide.fleet.state import StateDir
 from neaptide.types import Choice, Override, Reason, Scale, Traits, Usage
 
 TOKEN = "t" * 64
@@ -63,6 +70,7 @@ class FakeControl:
         self.text = "models: {guide: {}}\n"
         self.prices: dict[str, dict[str, float | None]] = {"guide": {"prompt": 1.0, "cached": 0.5, "output": 2.0}}
         self.held = [KeyInfo(id="k1", name="default", tail="abcd", created_wall_s=1_760_000_000.0)]
+        self.budgets_set: dict[str, BudgetRow] = {}
         self.asked: list[object] = []
         self.broken: Exception | None = None
         self.override: Override | None = None
@@ -178,12 +186,40 @@ class FakeControl:
         self.held.append(info)
         return CreatedKey(key="sk-neap-secretwxyz", info=info)
 
+    async def set_key(self, key_id: str, change: KeyChange) -> KeyInfo:
+        self.asked.append(change)
+        named = {k: v for k, v in msgspec.structs.asdict(change).items() if v is not msgspec.UNSET}
+        for i, info in enumerate(self.held):
+            if info.id == key_id:
+                self.held[i] = msgspec.structs.replace(info, **named)
+                return self.held[i]
+        raise NotFoundError(f"no key {key_id!r}", fix="neaptide keys list")
+
     async def revoke_key(self, key_id: str) -> KeyInfo:
         for i, info in enumerate(self.held):
             if info.id == key_id:
                 self.held[i] = msgspec.structs.replace(info, disabled=True)
                 return self.held[i]
         raise NotFoundError(f"no key {key_id!r}", fix="neaptide keys list")
+
+    async def budgets(self) -> Budgets:
+        return Budgets(currency="CNY", rows=tuple(self.budgets_set.values()))
+
+    async def set_budget(self, new: NewBudget) -> BudgetRow:
+        self.asked.append(new)
+        id = f"{new.scope}:{new.unit}:{new.period}"
+        amount = int(new.amount * (10**9 if new.unit == "money" else 1))
+        row = BudgetRow(
+            id=id, name=id, scope=new.scope, unit=new.unit, period=new.period, amount=amount, strict=new.strict,
+            spent=amount // 4, lent=amount // 10, left=amount - amount // 4, renews_wall_s=1_790_000_000.0,
+        )  # fmt: skip
+        self.budgets_set[id] = row
+        return row
+
+    async def remove_budget(self, budget_id: str) -> BudgetRow:
+        if budget_id not in self.budgets_set:
+            raise NotFoundError(f"no budget {budget_id!r}", fix="neaptide budgets list")
+        return self.budgets_set.pop(budget_id)
 
     async def usage(self, where: UsageFilter, cursor: str | None, limit: int) -> UsagePage:
         self.asked.append((where, cursor, limit))
@@ -207,13 +243,21 @@ class FakeControl:
         return DownReport(accepted=True, grace_s=grace_s)
 
 
+def access(state: Path, clock: Clock | None = None) -> Access:
+    """The tokens and the log of a state directory whose own token is TOKEN."""
+    found = StateDir(state)
+    found.create()
+    found.secret(found.admin_token, TOKEN)
+    return Access.open(found, clock or RealClock())
+
+
 @contextlib.contextmanager
 def admin_server(control: FakeControl) -> Iterator[str]:
     """The base URL of the real app on a free port; its state directory's files point to it."""
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
     control.admin_url = url
-    app = build_app(control, TOKEN)
+    app = build_app(control, access(control.state))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     thread.start()

@@ -7,7 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-DROPPED = ("NEAPTIDE_STATE", "NEAPTIDE_LANG", "OPENAI_API_KEY", "NO_COLOR", "LANG", "LC_MESSAGES")
+DROPPED = (
+    "NEAPTIDE_STATE",
+    "NEAPTIDE_LANG",
+    "NEAPTIDE_ADMIN_URL",
+    "NEAPTIDE_ADMIN_TOKEN",
+    "OPENAI_API_KEY",
+    "NO_COLOR",
+    "LANG",
+    "LC_MESSAGES",
+)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from neaptide.dashboard.live import Fleet
 from neaptide.dashboard.source import About, Look, ReplicaLine
 from neaptide.table import Gauges, ModelGauge
 from neaptide.types import Override, Plan
-from tests.admin_fake import TOKEN, FakeControl
+from tests.admin_fake import TOKEN, FakeControl, access
 
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -40,6 +40,9 @@ class FakeSource:
 
     def key(self) -> str:
         return "sk-of-the-service"
+
+    def api_tls(self) -> None:
+        return None
 
     def look(self) -> Look:
         return self.now
@@ -124,7 +127,7 @@ def site(state: Path, api_url: str = "http://127.0.0.1:9/v1") -> Iterator[Site]:
     board = Dashboard(source, clock)
     control = FakeControl(state)
     here = Site(control, source, clock, board)
-    app = build_app(control, TOKEN, front=board)
+    app = build_app(control, access(state, clock), front=board)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none"))
     ready = threading.Event()
 

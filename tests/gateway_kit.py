@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +18,7 @@ from neaptide.gateway.admit import digest
 from neaptide.gateway.door import Door
 from neaptide.gateway.route import Target
 from neaptide.gateway.routes import Routes
+from neaptide.gateway.secure import Secure
 from neaptide.gateway.server import Server
 from neaptide.gateway.upstream import Upstream
 from neaptide.gateway.upstream_http import HttpPool
@@ -101,8 +104,8 @@ class FakeReplica:
     _server: asyncio.Server | None = None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def start(self) -> FakeReplica:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=1 << 20)
+    async def start(self, tls: ssl.SSLContext | None = None) -> FakeReplica:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=1 << 20, ssl=tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -299,14 +302,14 @@ class Running:
         self.door, self.server, self.journal, self.port = door, server, journal, port
         self.clients: list[Client] = []
 
-    async def connect(self) -> Client:
-        client = Client(*await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24))
+    async def connect(self, tls: ssl.SSLContext | None = None) -> Client:
+        client = Client(*await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24, ssl=tls))
         self.clients.append(client)
         return client
 
-    async def ask(self, request: bytes) -> Answer:
+    async def ask(self, request: bytes, tls: ssl.SSLContext | None = None) -> Answer:
         """One request on its own connection."""
-        client = await self.connect()
+        client = await self.connect(tls)
         await client.send(request)
         answer = await client.answer(request.startswith(b"HEAD"))
         client.close()
@@ -357,15 +360,18 @@ def connector(loop: asyncio.AbstractEventLoop) -> Callable[[ReplicaRow, Target, 
 
 
 @contextlib.asynccontextmanager
-async def gateway(held: Table | None) -> AsyncIterator[Running]:
+async def gateway(held: Table | None, secure: Secure | None = None) -> AsyncIterator[Running]:
     """Serve `held` on a free port; sweeps every 20 ms."""
     loop = asyncio.get_running_loop()
     journal = MemoryJournal()
     door = Door("g", PEPPER, journal, connector(loop))
     routes = Routes(door, "test")
     server = routes.server = Server(routes, Limits(), Cors())
-    listener = await loop.create_server(server, "127.0.0.1", 0)
-    running = Running(door, server, journal, listener.sockets[0].getsockname()[1])
+    sock = socket.create_server(("127.0.0.1", 0))
+    port = sock.getsockname()[1]
+    routes.secure = secure
+    listener = secure.listen(loop, sock, server) if secure else await loop.create_server(server, sock=sock)
+    running = Running(door, server, journal, port)
     if held is not None:
         running.install(held)
 
@@ -390,11 +396,13 @@ async def gateway(held: Table | None) -> AsyncIterator[Running]:
 
 
 @contextlib.asynccontextmanager
-async def serving(*behaviours: Behaviour, **options: Any) -> AsyncIterator[tuple[Running, list[FakeReplica]]]:
+async def serving(
+    *behaviours: Behaviour, secure: Secure | None = None, **options: Any
+) -> AsyncIterator[tuple[Running, list[FakeReplica]]]:
     """A gateway before one fake HTTP replica a behaviour."""
     replicas = [await FakeReplica(b).start() for b in behaviours]
     try:
-        async with gateway(table([f"http://127.0.0.1:{r.port}/v1" for r in replicas], **options)) as running:
+        async with gateway(table([f"http://127.0.0.1:{r.port}/v1" for r in replicas], **options), secure) as running:
             yield running, replicas
     finally:
         for replica in replicas:

@@ -14,9 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from neaptide.control.admin import MAX_BODY, OPERATIONS, build_app
+from neaptide.clock import RealClock
+from neaptide.control.admin import OPERATIONS
+from neaptide.control.admins import Admins
+from neaptide.control.guard import MAX_BODY
 from neaptide.control.port import Status
-from neaptide.errors import StorageError
+from neaptide.errors import ConfigError, StorageError
+from neaptide.fleet.state import StateDir
 from tests.admin_fake import TOKEN, FakeControl, admin_server
 
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -56,7 +60,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
         yield Api(control, url)
 
 
-EVERY = [(op.method, f"/api/v1{op.path}".replace("{id}", "k1")) for op in OPERATIONS]
+EVERY = [(op.method, f"/api/v1{op.path}".replace("{id}", "k1").replace("{admin}", "adm_none")) for op in OPERATIONS]
 
 
 @pytest.mark.parametrize(("method", "path"), EVERY)
@@ -147,6 +151,24 @@ def test_keys_are_made_listed_and_revoked(api: Api) -> None:
     assert "secret" not in json.dumps(rows)
     assert api.ask("DELETE", f"/api/v1/keys/{made['info']['id']}")[2]["disabled"] is True
     assert api.error("DELETE", "/api/v1/keys/nobody") == (404, "E601")
+
+
+def test_of_a_key_only_what_is_named_changes(api: Api) -> None:
+    body = b'{"expires_wall_s": 1800000000, "scopes": ["inference"], "rpm": 60, "tpm": 9000}'
+    made = api.ask("POST", "/api/v1/keys", body)[2]["info"]
+    assert (made["expires_wall_s"], made["scopes"], made["rpm"], made["concurrency"]) == (
+        1.8e9,
+        ["inference"],
+        60,
+        None,
+    )
+    path = f"/api/v1/keys/{made['id']}"
+    status, _, changed = api.ask("PATCH", path, b'{"rpm": null, "concurrency": 4, "scopes": []}')
+    assert (status, changed) == (200, {**made, "rpm": None, "concurrency": 4, "scopes": []})
+    assert changed in api.ask("GET", "/api/v1/keys")[2]["rows"]
+    assert api.error("PATCH", "/api/v1/keys/nobody", b'{"rpm": 1}') == (404, "E601")
+    for wrong in (b'{"rpm": "1"}', b'{"scopes": ["admin"]}', b'{"name": "x"}', b'{"scopes": null}'):
+        assert api.error("PATCH", path, wrong) == (400, "E605")
 
 
 @pytest.mark.parametrize(
@@ -255,11 +277,11 @@ def test_a_defect_is_a_500_with_headers_and_without_a_traceback(api: Api) -> Non
     assert "Traceback" not in json.dumps(told)
 
 
-def test_a_short_token_is_refused_when_the_app_is_built(tmp_path: Path) -> None:
-    from starlette.testclient import TestClient
-
-    with pytest.raises(ValueError, match="fewer than 16"), TestClient(build_app(FakeControl(tmp_path), "short")):
-        pass
+def test_a_short_token_of_the_host_is_refused(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    state.secret(state.admin_token, "short")
+    with pytest.raises(ConfigError, match="fewer than 16"):
+        Admins(state, RealClock())
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

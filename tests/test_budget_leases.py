@@ -11,9 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from neaptide.control.treasury import PATIENCE_S, Fund, Grant, Loan, Message, Recall, Treasury
-from neaptide.gateway.purse import Ask, Purse, Verdict
-from neaptide.table import Held, Want
+from neaptide.control.treasury import ENDLESS, PATIENCE_S, Fund, Grant, Loan, Message, Recall, Treasury
+from neaptide.gateway.purse import Purse, Verdict
+from neaptide.table import Ask, Held, Want
 
 
 class Door:
@@ -276,19 +276,60 @@ def test_a_budget_that_is_set_while_requests_run_counts_what_was_lent_before() -
     assert sum(len(door.refused) for door in house.doors.values()) == 1
 
 
-def test_a_new_period_has_all_of_its_amount_but_what_is_lent() -> None:
+def test_a_new_period_is_another_budget_and_the_old_one_stays_spent() -> None:
+    house = House(1, october=100)
+    (door,) = house.doors.values()
+    door.enter("a", {"october": 90})
+    house.pump()
+    house.end(door, "a", {"october": 90})
+    house.post(house.treasury.amend("november", 100, 0.0))
+    door.enter("b", {"november": 90})
+    door.enter("late", {"october": 90})
+    house.pump()
+    assert door.running == ["b"]
+    assert door.refused == {"late": "october"}
+
+
+def test_a_budget_that_is_taken_away_and_set_again_has_spent_what_it_had() -> None:
     house = House(1, money=100)
     (door,) = house.doors.values()
     door.enter("a", {"money": 90})
     house.pump()
     house.end(door, "a", {"money": 90})
+    for amount in (ENDLESS, 100):
+        house.post(house.treasury.amend("money", amount, 0.0))
     door.enter("b", {"money": 90})
     house.pump()
     assert door.refused == {"b": "money"}
-    house.post(house.treasury.turned("money", 0.0))
-    door.enter("c", {"money": 90})
+
+
+def test_what_was_not_needed_for_a_beat_goes_back_and_what_was_stays() -> None:
+    house = House(1, money=10_000)
+    (door,) = house.doors.values()
+    door.enter("a", {"money": 50})
     house.pump()
-    assert door.running == ["c"]
+    assert door.purse.surplus() == {}  # the lease is younger than the beat
+    more = door.purse.left("money")
+    door.enter("b", {"money": 10})
+    house.end(door, "b", {"money": 0})
+    assert door.purse.surplus() == {"money": more - 10}
+    assert door.purse.left("money") == 10
+    assert door.purse.surplus() == {"money": 10}
+    door.purse.forget(())
+    assert door.purse.back() == {}
+
+
+def test_a_lease_of_a_period_that_is_over_is_given_back_after_its_last_request_and_forgotten() -> None:
+    house = House(1, october=100)
+    (door,) = house.doors.values()
+    door.enter("a", {"october": 100})
+    house.pump()
+    door.purse.forget(("november",))
+    house.end(door, "a", {"october": 40})
+    door.purse.surplus()
+    assert door.purse.surplus() == {"october": 60}
+    door.purse.forget(("november",))
+    assert door.purse.left("october") == 0
 
 
 def test_before_it_knows_what_was_spent_control_lends_nothing() -> None:
@@ -429,6 +470,12 @@ class Budgets(RuleBasedStateMachine):
         if waiting:
             door.purse.leave(waiting[0])
             door.refused[waiting[0]] = "left"
+
+    @rule(n=st.integers(0, 2))
+    def gives_back_what_it_does_not_need(self, n: int) -> None:
+        door = self.door(n)
+        for budget, amount in door.purse.surplus().items():
+            self.house.up[door.name].append((budget, amount, 0))
 
     @precondition(lambda self: len(self.house.doors) > 1)
     @rule(n=st.integers(0, 2))

@@ -14,7 +14,8 @@ import pytest
 from neaptide import config
 from neaptide.cli import build
 from neaptide.specs import EngineOptions
-from neaptide.table import Cors, Limits, Timeouts
+from neaptide.table import Caching, Cors, Degrade, Limits, Timeouts
+from neaptide.tls.settings import ListenTls, ReplicaTls
 from neaptide.types import Event, Rule, Scale, Slo, Spares, Standby
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +23,9 @@ SOURCES = sorted((ROOT / "neaptide").rglob("*.py"))
 # Where each part of the settings stands; a part whose fields are rows themselves has no row of its own.
 PLACES: dict[str, type[msgspec.Struct]] = {
     "": config.Settings,
+    "tls.": ListenTls,
     "admin.": config.AdminSettings,
+    "admin.tls.": ListenTls,
     "models.NAME.": config.ModelSettings,
     "models.NAME.options.": EngineOptions,
     "models.NAME.scale.": Scale,
@@ -31,7 +34,10 @@ PLACES: dict[str, type[msgspec.Struct]] = {
     "models.NAME.scale.calendar[].": Event,
     "models.NAME.slo.": Slo,
     "models.NAME.timeouts.": Timeouts,
+    "models.NAME.cache.": Caching,
+    "models.NAME.degrade[].": Degrade,
     "models.NAME.replicas[].": config.RemoteReplica,
+    "models.NAME.replicas[].tls.": ReplicaTls,
     "models.NAME.gpus[].": config.GpuSource,
     "pools.NAME.": config.PoolSettings,
     "tenants.NAME.": config.TenantSettings,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from neaptide.control.port import NewKey, UsageFilter
+from neaptide.cli.keys import until
+from neaptide.control.port import KeyChange, KeyInfo, NewBudget, NewKey, UsageFilter
 from neaptide.errors import StorageError
 from tests.admin_fake import FakeControl, admin_server, write_state
 from tests.cli_run import cli, environment
@@ -117,6 +118,71 @@ def test_keys_list_never_shows_a_key(control: FakeControl) -> None:
     assert "secret" not in listed.stdout
 
 
+def test_a_key_whose_data_stays_inside_is_made_and_listed_as_such(control: FakeControl) -> None:
+    assert ask(control, "keys", "create", "--inside").returncode == 0
+    assert control.asked == [NewKey(inside=True)]
+    (row,) = [line for line in ask(control, "keys", "list").stdout.splitlines() if "…wxyz" in line]
+    assert "active, inside" in row
+
+
+def test_keys_create_tells_until_when_for_what_and_how_much(control: FakeControl) -> None:
+    limits = ("--rpm", "60", "--tpm", "12000", "--concurrency", "4")
+    ask(
+        control,
+        "keys",
+        "create",
+        "--expires",
+        "2026-12-31T18:00+08:00",
+        "--scope",
+        "models",
+        "--scope",
+        "inference",
+        *limits,
+    )
+    (asked,) = control.asked
+    at = 1_798_711_200.0
+    assert asked == NewKey(expires_wall_s=at, scopes=("models", "inference"), rpm=60, tpm=12_000, concurrency=4)
+    listed = ask(control, "keys", "list").stdout
+    assert "60 rpm, 12,000 tpm, 4 at once" in listed
+    assert "models, inference" in listed
+
+
+def test_keys_list_marks_what_has_expired(control: FakeControl) -> None:
+    control.held = [KeyInfo(id="old", expires_wall_s=1_000_000_000.0), KeyInfo(id="new", expires_wall_s=9e9)]
+    lines = ask(control, "keys", "list").stdout.splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == ["expired", "active"]
+
+
+def test_keys_set_changes_what_is_named(control: FakeControl) -> None:
+    told(control, "keys", "set", "k1", "--rpm", "5", "--tpm", "none", "--expires", "never", "--scope", "all")
+    assert control.asked == [KeyChange(rpm=5, tpm=None, expires_wall_s=None, scopes=())]
+    assert (control.held[0].rpm, control.held[0].concurrency) == (5, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "nothing to set"),
+        (("--rpm", "0"), "--rpm '0' is no limit"),
+        (("--tpm", "1.5"), "--tpm '1.5' is no limit"),
+        (("--expires", "2026-12-31T10:00"), "--expires '2026-12-31T10:00' is not a time"),
+        (("--expires", "soon"), "--expires 'soon' is not a time"),
+    ],
+)
+def test_keys_set_refuses_what_it_does_not_understand(
+    control: FakeControl, options: tuple[str, ...], said: str
+) -> None:
+    done = ask(control, "keys", "set", "k1", *options)
+    assert (done.returncode, said in done.stderr) == (2, True)
+    assert control.asked == []
+
+
+def test_an_expiry_is_a_span_a_day_or_a_time_with_its_zone() -> None:
+    assert until("90m", 1000.0) == 1000.0 + 5400
+    assert until("30d", 1000.0) == 1000.0 + 30 * 86400
+    assert until("2026-12-31", 0.0) == until("2026-12-31T00:00Z", 0.0) == until("2026-12-31T08:00+08:00", 0.0)
+
+
 def test_keys_revoke_disables_it(control: FakeControl) -> None:
     assert told(control, "keys", "revoke", "k1") == told(control, "keys", "revoke", "k1")
     assert control.held[0].disabled
@@ -125,6 +191,27 @@ def test_keys_revoke_disables_it(control: FakeControl) -> None:
 def test_an_unknown_key_fails_with_1(control: FakeControl) -> None:
     done = ask(control, "keys", "revoke", "k 9")
     assert (done.returncode, "error[E601]: no key 'k 9'" in done.stderr) == (1, True)
+
+
+def test_budgets_are_set_listed_and_removed(control: FakeControl) -> None:
+    assert ask(control, "budgets", "set", "tenant:acme", "--money", "12.5").stdout == "set tenant:acme:money:month\n"
+    ask(control, "budgets", "set", "project:a/b", "--tokens", "1000", "--period", "day", "--strict")
+    asked = [NewBudget(scope="tenant:acme", unit="money", amount=12.5)]
+    asked += [NewBudget(scope="project:a/b", unit="tokens", amount=1000, period="day", strict=True)]
+    assert control.asked == asked
+    lines = ask(control, "budgets", "list").stdout.splitlines()
+    assert lines[1].split()[:7] == ["tenant:acme:money:month", "CNY", "12.50", "CNY", "3.125", "CNY", "1.25"]
+    assert lines[2].split()[:5] == ["project:a/b:tokens:day", "1,000", "250", "100", "750"]
+    assert "removed project:a/b:tokens:day" in ask(control, "budgets", "remove", "project:a/b:tokens:day").stdout
+    gone = ask(control, "budgets", "remove", "project:a/b:tokens:day")
+    assert (gone.returncode, "error[E601]" in gone.stderr) == (1, True)
+
+
+def test_a_budget_is_of_money_or_of_tokens(control: FakeControl) -> None:
+    for amounts in ((), ("--money", "1", "--tokens", "1")):
+        done = ask(control, "budgets", "set", "all", *amounts)
+        assert (done.returncode, "--money or --tokens" in done.stderr) == (2, True)
+    assert not control.asked
 
 
 def test_usage_totals_and_their_filter(control: FakeControl) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neaptide.config import DEFAULT_TEXT, Settings, host_port, load, parse, span_s
+from neaptide.config import DEFAULT_TEXT, Settings, host_port, load, parse
+from neaptide.elastic import span_s
 from neaptide.errors import ConfigError
 
 
@@ -95,6 +96,8 @@ models:
             "E108",
             "factor: 0",
         ),
+        ("models: {guide: {}}\ntenants: {acme: {rpm: 0}}", "E108", "tenants.acme.rpm: 0"),
+        ("models: {guide: {}}\ntenants: {acme: {tpm: 1.5}}", "E105", "tenants.acme.tpm"),
         ("models: {guide: {gpus: [{url: 'gpu:9400'}]}}", "E108", "gpus[0].url: 'gpu:9400'"),
         ("models: {guide: {gpus: [{url: 'http://me:secret@gpu/metrics'}]}}", "E108", "without a name and password"),
         ("models: {guide: {gpus: [{url: 'http://gpu:port/metrics'}]}}", "E108", "write it as http://host:9400/metrics"),

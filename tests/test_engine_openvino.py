@@ -5,13 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from neaptide.engine import calibrate
 from neaptide.engine.protocol import Sampling
+from neaptide.engine.text import Text
+from neaptide.engine.tokens import load_tokenizer
 from neaptide.specs import ReplicaSpec
+from tests.replica_process import ReplicaProcess
 from tests.test_engine_contract import GUIDE, add, ask, collect, finish_all, prompt
 
 openvino = pytest.importorskip("neaptide.engine.openvino", exc_type=ImportError)
@@ -97,6 +101,33 @@ def test_every_mixture_of_stop_settings_is_valid(ignore_eos: bool, stops: tuple[
     config = pipeline.generation_config(sampling, 5, 0, frozenset({2}))
     config.validate()
     assert set(config.stop_token_ids) == set(stops) | (set() if ignore_eos else {2})
+
+
+def test_a_resumed_answer_says_what_its_replica_says_after_the_same_ids(tmp_path: Path) -> None:
+    options = {"threads": 1, "max_running": 2, "kv_mib": 8, "chunk_tokens": 64}
+    replica = ReplicaProcess(
+        tmp_path, engine="openvino", source=str(GUIDE), model="guide", prefix_cache="off", options=options
+    )
+    try:
+        client = replica.client(timeout_s=60.0)
+        said = {"messages": [{"role": "user", "content": "Neaptide 是什么？"}]}
+        asked = client.call({"messages": said["messages"]}, "tokenize").body["tokens"]
+        greedy: dict[str, Any] = {"temperature": 0, "stream": True}
+        tokenizer = load_tokenizer(GUIDE)
+        whole = client.call({"prompt": asked, "max_tokens": 12, **greedy}, "completions")
+        assert len(whole.ids) >= 8
+        for k in (1, 5, 7):
+            have = whole.ids[:k]
+            resumed = client.call({**said, "max_tokens": 12, **greedy}, generated_ids=have, emitted_chars=None)
+            fresh = client.call({"prompt": [*asked, *have], "max_tokens": 12 - k, **greedy}, "completions")
+            assert resumed.ids
+            assert resumed.ids == fresh.ids
+            told = Text(tokenizer.decoder()).push(have)
+            assert told + resumed.text == Text(tokenizer.decoder(), (), [*have, *resumed.ids]).finish()
+            assert resumed.end is not None
+            assert (resumed.end.prompt_tokens, resumed.end.output_tokens) == (len(asked), len(resumed.ids))
+    finally:
+        replica.stop()
 
 
 def test_importing_the_library_loads_nothing_that_could_report_it() -> None:

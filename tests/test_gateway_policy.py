@@ -16,7 +16,7 @@ from neaptide.gateway.metrics import Metrics
 from neaptide.gateway.queue import Line, too_long
 from neaptide.gateway.record import Timing
 from neaptide.gateway.repeat import learn, whole_chunks
-from neaptide.gateway.route import Target, choose
+from neaptide.gateway.route import SCANNED, Target, choose
 from neaptide.gateway.sse import TAIL_BYTES, Counts, HideUsage, finish, of_answer, usage
 from neaptide.link import LoadReport
 from neaptide.observe.histogram import Histogram
@@ -24,6 +24,7 @@ from neaptide.table import ReplicaRow
 from tests.gateway_kit import PEPPER, key_row
 
 SALT = bytes.fromhex(PEPPER)
+NOW_S = 1_790_000_000.0  # wall time
 
 
 def refusal(call, *args) -> RequestError:
@@ -38,9 +39,9 @@ def refusal(call, *args) -> RequestError:
 def test_a_key_is_found_by_its_keyed_hash_and_remembered():
     row = key_row("sk-a", tenant="t")
     keys = Keys([row, key_row("sk-b")], SALT)
-    assert keys.find(b"Bearer sk-a") is row
-    assert keys.find(b"bearer  sk-a") is row
-    assert keys.find(b"Bearer sk-a") is row
+    assert keys.find(b"Bearer sk-a", NOW_S) is row
+    assert keys.find(b"bearer  sk-a", NOW_S) is row
+    assert keys.find(b"Bearer sk-a", NOW_S) is row
 
 
 @pytest.mark.parametrize(
@@ -58,19 +59,38 @@ def test_a_key_is_found_by_its_keyed_hash_and_remembered():
 )
 def test_other_authorization_is_401(header: bytes | None, slug: str):
     keys = Keys([key_row("sk-a"), key_row("sk-off", disabled=True)], SALT)
-    error = refusal(keys.find, header)
+    error = refusal(keys.find, header, NOW_S)
     assert (error.status, error.slug) == (401, slug)
 
 
 def test_with_auth_off_anybody_is_served():
-    assert Keys([], SALT, required=False).find(None) is ANYBODY
+    assert Keys([], SALT, required=False).find(None, NOW_S) is ANYBODY
 
 
 def test_rejected_keys_are_never_remembered():
     keys = Keys([key_row("sk-a")], SALT)
     for i in range(100):
-        refusal(keys.find, b"Bearer no-%d" % i)
+        refusal(keys.find, b"Bearer no-%d" % i, NOW_S)
     assert len(keys._seen) == 0
+
+
+def test_an_expired_key_is_refused_from_its_second_on_and_forgotten():
+    keys = Keys([key_row("sk-a", expires_wall_s=NOW_S)], SALT)
+    assert keys.find(b"Bearer sk-a", NOW_S - 0.001).id == "id-a"
+    for wall_s in (NOW_S, NOW_S + 1e6):
+        error = refusal(keys.find, b"Bearer sk-a", wall_s)
+        assert (error.status, error.slug) == (401, "expired_api_key")
+        assert "2026-09-21 14:13:20+00:00" in error.what
+        assert len(keys._seen) == 0
+
+
+def test_a_key_may_be_bound_to_scopes():
+    admit.check_scope(key_row(), "models")
+    admit.check_scope(key_row(scopes=("models", "inference")), "models")
+    error = refusal(admit.check_scope, key_row(scopes=("inference", "tokenize")), "models")
+    assert (error.status, error.slug) == (403, "scope_not_allowed")
+    assert "'models'" in error.what
+    assert "inference, tokenize" in error.what
 
 
 def test_a_key_may_be_bound_to_models():
@@ -201,6 +221,41 @@ def test_a_replica_that_was_tried_is_tried_again_only_without_another():
     two.take()
     assert choose([one, two], 0.0, avoid=["r0"]) is two
     assert choose([one], 0.0, avoid=["r0"]) is one
+
+
+@given(
+    st.lists(st.sampled_from(["busy", "idle", "full", "leaving", "down"]), max_size=3 * SCANNED),
+    st.integers(0, 1 << 40),
+    st.sets(st.integers(0, 3 * SCANNED)),
+)
+def test_whatever_is_looked_at_somebody_who_can_take_it_is_found_and_who_was_tried_comes_last(
+    kinds: list[str], turn: int, tried: set[int]
+) -> None:
+    rows = {"full": {"max_running": 0}, "leaving": {"state": "draining"}}
+    many = targets(*(rows.get(kind, {}) for kind in kinds))
+    for target, kind in zip(many, kinds, strict=True):
+        target.in_flight = 5 if kind == "busy" else 0
+        if kind == "down":
+            target.failed(10.0)
+    avoid = [f"r{at}" for at in tried]
+    able = [t for t in many if t.can_take(10.1)]
+    untried = [t for t in able if t.row.id not in avoid]
+    found = choose(many, 10.1, turn, avoid)
+    assert (found is None) == (not able)
+    assert found is None or found in (untried or able)
+    if len(many) <= SCANNED and untried:
+        assert found is not None
+        assert found.in_flight == min(t.in_flight for t in untried)
+
+
+def test_among_many_replicas_no_one_gets_far_more_than_the_mean() -> None:
+    many = targets(*({} for _ in range(8 * SCANNED)))
+    for turn in range(10 * len(many)):
+        target = choose(many, 0.0, turn)
+        assert target is not None
+        target.take()
+    assert max(t.in_flight for t in many) <= 13
+    assert min(t.in_flight for t in many) >= 6
 
 
 def test_a_linked_replica_takes_what_it_reported_less_what_was_sent_since():

@@ -103,6 +103,7 @@ class Process:
         self.port = listener.getsockname()[1]
         read, self.lifeline = os.pipe()
         self.directory = directory
+        inherited = [value for name, value in fields.items() if name == "counters_fd"]
         spec = GatewaySpec(
             id="gateway-0",
             epoch=1,
@@ -120,7 +121,7 @@ class Process:
             [sys.executable, "-m", "neaptide.gateway"],
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=(listener.fileno(), read),
+            pass_fds=(listener.fileno(), read, *inherited),
             env={**os.environ, "NEAPTIDE_LIFELINE": str(read)},
         )
         os.close(read)

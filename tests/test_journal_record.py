@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from neaptide.journal import MAX_RECORD, CorruptRecord, decode, encode
 from neaptide.journal.record import FIELD_BYTES
-from neaptide.types import Attempt, Begin, Usage
+from neaptide.types import Attempt, Begin, Paid, Usage
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 COUNTS = st.integers(0, 2**40)
@@ -26,6 +26,7 @@ USAGES = st.builds(
     duration_s=SECONDS,
     outcome=st.sampled_from(["ok", "refused", "error", "aborted", "timeout", "lost"]),
     attempts=st.lists(st.builds(Attempt, NAMES, COUNTS), max_size=4).map(tuple),
+    paid=st.lists(st.builds(Paid, NAMES, COUNTS, COUNTS), max_size=2).map(tuple),
 )
 BEGINS = st.builds(Begin, request_id=NAMES, tenant=NAMES, replica=NAMES, prompt_bytes=COUNTS, started_wall_s=SECONDS)
 
@@ -70,6 +71,25 @@ def test_the_worst_record_still_fits_and_keeps_its_ids(char: str) -> None:
     assert found.output_tokens == 2**63 - 1
     assert 0 < len(found.request_id) <= 64
     assert len(found.attempts) == 6
+
+
+@pytest.mark.parametrize("char", ["x", "\x01", "é", "\ud800"])
+def test_the_worst_record_keeps_every_payment(char: str) -> None:
+    texts = {name: char * 9000 for name in Usage.__struct_fields__ if name in FIELD_BYTES}
+    names = [f"{'t' * 82}:tokens:2026-11-{day}" for day in range(10, 18)]
+    numbers = {
+        f.name: 2**70 if f.type is int else 1.2345678901234567e-300
+        for f in msgspec.structs.fields(Usage)
+        if f.type in (int, float)
+    }
+    paid = tuple(Paid(name, 2**63 - 1, 2**63 - 1) for name in names)
+    worst = Usage(**texts, **numbers, outcome="refused", attempts=(Attempt(char * 9000, 2**70),) * 9, paid=paid)
+    line = encode(worst)
+    found = decode(line)
+    assert len(line) <= MAX_RECORD
+    assert isinstance(found, Usage)
+    assert found.paid == paid
+    assert len(found.attempts) == 2
 
 
 def test_the_worst_begin_fits() -> None:

@@ -5,14 +5,19 @@ import secrets
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from neaptide.clock import VirtualClock
+from neaptide.config import parse
+from neaptide.control.desired import slow_part
 from neaptide.control.keys import KeyStore, digest
+from neaptide.cost.accounts import Terms
 from neaptide.cost.ledger import Ledger, open_ledger
 from neaptide.errors import RequestError, StorageError
-from neaptide.table import KeyRow
+from neaptide.table import KeyRow, Quota
 
 PEPPER = secrets.token_hex(32)
 
@@ -120,6 +125,73 @@ def test_a_project_of_another_team_is_refused(store: KeyStore) -> None:
         store.create("b", tenant="acme", team="blue", project="search")
     assert (caught.value.status, caught.value.param) == (400, "project")
     assert len(store.list()) == 1
+
+
+TERMS = Terms(expires_s=1_790_000_001.0, scopes=("models",), rpm=60, tpm=9000, concurrency=4)
+
+
+def test_gateways_are_told_a_key_s_terms_and_changes_of_them(store: KeyStore, ledger: Ledger) -> None:
+    made = store.create("ci", terms=TERMS).info
+    (row,) = store.rows()
+    assert (row.expires_wall_s, row.scopes, row.quotas) == (1_790_000_001.0, ("models",), (Quota("key", 60, 9000, 4),))
+    changed = store.set(made.id, {"rpm": None, "scopes": (), "expires_s": None})
+    assert changed == msgspec.structs.replace(made, rpm=None, scopes=(), expires_s=None)
+    (row,) = KeyStore(ledger, PEPPER, VirtualClock()).rows()
+    assert (row.expires_wall_s, row.scopes, row.quotas) == (None, (), (Quota("key", None, 9000, 4),))
+    store.set(made.id, {"tpm": None, "concurrency": None})
+    assert store.rows()[0].quotas == ()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rpm": 0},
+        {"tpm": -1},
+        {"concurrency": 10**12 + 1},
+        {"scopes": ("admin",)},
+        {"scopes": ("models", "models")},
+        {"expires_s": 1_790_000_000.0},
+        {"expires_s": 1e300},
+        {"expires_s": float("nan")},
+    ],
+)
+def test_terms_that_make_no_sense_are_refused(store: KeyStore, wrong: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        store.create(terms=Terms(**wrong))
+    assert caught.value.status == 400
+    assert store.list() == ()
+    made = store.create(terms=TERMS).info
+    with pytest.raises(RequestError):
+        store.set(made.id, wrong)
+    assert store.list() == (made,)
+
+
+def test_of_an_expired_key_the_limits_can_be_changed_and_of_a_revoked_one_nothing(ledger: Ledger) -> None:
+    clock = VirtualClock(wall_s=1_790_000_000.0)
+    store = KeyStore(ledger, PEPPER, clock)
+    made = store.create(terms=TERMS).info
+    clock.advance(10.0)
+    assert store.set(made.id, {"rpm": 5}).rpm == 5
+    assert store.rows()[0].expires_wall_s == TERMS.expires_s  # so that gateways can say when it was
+    store.revoke(made.id)
+    with pytest.raises(RequestError, match="was revoked"):
+        store.set(made.id, {"rpm": 6})
+    with pytest.raises(RequestError, match="no key 'nothing'"):
+        store.set("nothing", {"rpm": 6})
+
+
+def test_a_tenant_s_limits_stand_beside_those_of_its_keys() -> None:
+    settings = parse("models: {guide: {}}\ntenants: {acme: {rpm: 9, concurrency: 2}, zeta: {weight: 2}}\n", "x")
+    own = Quota("key", 5)
+    keys = (
+        KeyRow(id="a", digest="a", tenant="acme", quotas=(own,)),
+        KeyRow(id="b", digest="b", tenant="acme"),
+        KeyRow(id="c", digest="c", tenant="zeta"),
+    )
+    told = slow_part(settings, (), keys, {}, {}).keys
+    theirs = Quota("tenant", 9, None, 2)
+    assert [k.quotas for k in told] == [(own, theirs), (theirs,), ()]
+    assert told[2] is keys[2]
 
 
 def test_another_pepper_is_noticed_before_every_key_fails(store: KeyStore, ledger: Ledger) -> None:

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent / "neaptide"
 LAYERS = (
     ("types",),
     ("errors",),
-    ("clock", "config", "wire", "link", "table", "specs", "lifeline", "journal"),
+    ("tls",),
+    ("clock", "config", "wire", "link", "table", "specs", "remotes", "elastic", "lifeline", "journal"),
     ("cost", "observe"),
     ("engine", "fleet", "models"),
     ("gateway", "control"),
@@ -28,6 +29,8 @@ LAYERS = (
 NEIGHBOURS = {
     ("config", "table"): "the limits and timeouts an operator writes are the ones gateways are told",
     ("config", "specs"): "the options an operator writes are the ones a replica is told",
+    ("config", "elastic"): "bounds, rules and calendars are checked where they are read",
+    ("config", "remotes"): "shares of traffic are checked where they are read",
     ("journal", "clock"): "a record's time comes from where all time comes from",
     ("engine", "models"): "what a model directory holds is read and checked in one place",
 }
@@ -144,6 +147,7 @@ def test_no_module_imports_an_engine_or_a_driver_library_outside_its_adapter() -
         "alembic": {"cost"},
         "rich": {"cli"},
         "click": {"cli"},
+        "cryptography": {"tls"},
     }
     found = []
     for path in sources():

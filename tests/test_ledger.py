@@ -195,6 +195,8 @@ def test_a_row_comes_back_as_it_went_in(ledger: Ledger) -> None:
         finish="abort",
         error="client_left",
         degraded="shorter",
+        cache="stale",
+        price_millis=250,
         attempts=(Attempt("m-0", 4), Attempt("m-1", 7)),
     )
     take(ledger, usage)

@@ -22,6 +22,7 @@ from neaptide.journal import Located
 from neaptide.types import Usage
 
 CLOCK = VirtualClock(wall_s=1_790_000_000.0)
+NEWEST = migrate.revisions()[-1]
 
 
 def at_revision(path: Path, revision: str) -> None:
@@ -77,9 +78,9 @@ def older(tmp_path: Path) -> Path:
     open_ledger("", tmp_path, CLOCK).close()
     steps = tmp_path / "migrations"
     subprocess.run(["cp", "-r", str(migrate.HERE), str(steps)], check=True)
-    (steps / "versions" / "0002_next.py").write_text(
+    (steps / "versions" / "9000_next.py").write_text(
         "from alembic import op\nimport sqlalchemy as sa\n"
-        "revision, down_revision, branch_labels, depends_on = '0002', '0001', None, None\n"
+        f"revision, down_revision, branch_labels, depends_on = '9000', '{NEWEST}', None, None\n"
         "def upgrade():\n    op.add_column('meta', sa.Column('note', sa.Text()))\n"
     )
     return tmp_path
@@ -93,7 +94,7 @@ def test_a_copy_is_made_before_a_step_and_three_are_kept(older: Path) -> None:
             db.execute("INSERT INTO meta VALUES (?, 'x')", (f"round {i}",))
         copy = migrate.upgrade(database, CLOCK.wall_s() + i, steps=state / "migrations")
         assert copy is not None
-        assert copy.name == f"ledger.db.bak-0001-20260921T14132{i}Z"
+        assert copy.name == f"ledger.db.bak-{NEWEST}-20260921T14132{i}Z"
         os.utime(copy, (i, i))
         with closing(sqlite3.connect(copy)) as db:
             assert db.execute("SELECT name FROM meta ORDER BY name").fetchall()[-1] == (f"round {i}",)
@@ -101,7 +102,7 @@ def test_a_copy_is_made_before_a_step_and_three_are_kept(older: Path) -> None:
         with closing(sqlite3.connect(state / "ledger.db")) as db, db:
             assert "note" in [column[1] for column in db.execute("PRAGMA table_info(meta)")]
             db.execute("ALTER TABLE meta DROP COLUMN note")
-        at_revision(state / "ledger.db", "0001")
+        at_revision(state / "ledger.db", NEWEST)
     kept = sorted(path.name[-3:] for path in state.glob("*.bak-*"))
     assert kept == ["22Z", "23Z", "24Z"]
     assert not list(state.glob("*.part"))
@@ -110,16 +111,34 @@ def test_a_copy_is_made_before_a_step_and_three_are_kept(older: Path) -> None:
 
 def test_a_step_that_fails_leaves_the_ledger_as_it_was(older: Path) -> None:
     state = older
-    step = state / "migrations" / "versions" / "0002_next.py"
+    step = state / "migrations" / "versions" / "9000_next.py"
     step.write_text(step.read_text() + "    op.execute('SELECT nonsense')\n")
     database = connect("", state / "ledger.db")
     with pytest.raises(StorageError, match="nonsense"):
         migrate.upgrade(database, CLOCK.wall_s(), steps=state / "migrations")
     with database.read() as connection:
-        assert migrate.current(connection) == "0001"
+        assert migrate.current(connection) == NEWEST
         assert "note" not in [c["name"] for c in sa.inspect(connection).get_columns("meta")]
     database.close()
     open_ledger("", state, CLOCK).close()
+
+
+def test_a_ledger_of_the_first_schema_keeps_its_rows_through_the_steps_after_it(tmp_path: Path) -> None:
+    steps = tmp_path / "migrations"
+    subprocess.run(["cp", "-r", str(migrate.HERE), str(steps)], check=True)
+    for path in steps.glob("versions/000[2-9]_*.py"):
+        path.unlink()
+    database = connect("", tmp_path / "ledger.db")
+    migrate.upgrade(database, CLOCK.wall_s(), steps=steps)
+    with database.write() as connection:
+        columns = [c for c in schema.usage.columns if c.name != "paid"]
+        values = {c.name: c.type.python_type() for c in columns} | {"request_id": "r1", "attempts": "[]"}
+        connection.execute(sa.insert(schema.usage).values(values))
+    database.close()
+    ledger = open_ledger("", tmp_path, CLOCK)
+    (receipt,) = ledger.usage().receipts
+    assert (receipt.usage.request_id, receipt.usage.paid) == ("r1", ())
+    ledger.close()
 
 
 def test_a_copy_that_finds_no_room_leaves_no_half_file_and_stops_the_migration(tmp_path: Path) -> None:

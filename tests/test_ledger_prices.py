@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neaptide.config import Price
-from neaptide.cost.meter import CHARGED, MAX_CHARGE_NANOS, allocate, charge
+from neaptide.cost.meter import allocate, charge
 from neaptide.cost.prices import NO_PRICES, PriceBook, PriceList, Rate, rates
+from neaptide.cost.rate import CHARGED, MAX_CHARGE_NANOS
 from neaptide.errors import ConfigError
 from neaptide.types import Usage
 
@@ -50,6 +51,14 @@ def test_a_charge_is_the_exact_sum_rounded_once(prompt: int, cached: int, output
     assert charged is not None
     assert charged.amount_nanos == min(round(exact), MAX_CHARGE_NANOS)  # Fraction rounds half to even
     assert charged.basis == "list"
+
+
+@given(TOKENS, NANOS, st.integers(0, 1000))
+def test_an_answer_told_again_costs_its_share_of_the_list_price(output: int, nanos: int, millis: int) -> None:
+    usage = Usage(request_id="r", model="m", output_tokens=output, cache="hit", price_millis=millis)
+    charged = charge(usage, PriceList(1, 0.0, "CNY", {"m": Rate(0, 0, nanos)}))
+    assert charged is not None
+    assert charged.amount_nanos == min(round(Fraction(output * nanos * millis, 10**9)), MAX_CHARGE_NANOS)
 
 
 def test_what_failed_is_not_charged_and_what_has_no_price_neither() -> None:

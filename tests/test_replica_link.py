@@ -207,6 +207,17 @@ def test_a_resumed_answer_continues_and_counts_its_own_tokens(client: LinkClient
     assert stream is False or all("role" not in c["delta"] for e in begun.events[:-1] for c in e["choices"])
 
 
+@pytest.mark.parametrize("part", [1, 3, 8, 1 << 19])
+def test_the_ids_of_a_resume_may_come_in_any_number_of_frames(client: LinkClient, part: int) -> None:
+    prompt = "abcdéfgh"
+    have = prompt.encode()[:5]  # half of the é
+    body = struct.pack("<5I", *have) + json.dumps(text(prompt, stream=True)).encode()
+    heard = client.call(body, "completions", part=part, stream=True, resumed=5, emitted_chars=None)
+    assert heard.text == "éfgh"
+    assert bytes(heard.ids) == prompt.encode()[5:]
+    assert (ended(heard).status, ended(heard).output_tokens) == (200, 4)
+
+
 def test_a_resume_with_nothing_left_ends_at_once(client: LinkClient) -> None:
     heard = client.call(text("abc", max_tokens=2), "completions", generated_ids=[97, 98], emitted_chars=1)
     assert (ended(heard).finish, ended(heard).output_tokens) == ("length", 0)

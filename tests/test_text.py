@@ -172,6 +172,35 @@ def test_a_resumed_answer_shows_exactly_what_the_client_lacks(
     assert complete[:told] + shown(text, rest) == complete
 
 
+DECODERS: list[ByteTokenizer | ModelTokenizer] = [
+    ByteTokenizer(),
+    ModelTokenizer(BYTE_LEVEL),
+    ModelTokenizer(SENTENCE_PIECE),
+]
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(DECODERS), st.text("ab helo w é😀", max_size=30),
+    st.lists(st.text("abhelo é", min_size=1, max_size=3), max_size=2),
+    st.integers(0, 60), sizes, sizes,
+)  # fmt: skip
+@example(DECODERS[0], "a😀b", [], 3, [], [])
+@example(DECODERS[2], "hello hello", ["lo h"], 3, [1], [1])
+def test_whose_client_has_all_that_the_ids_show_is_told_the_rest_however_tokens_fall(
+    tokenizer: ByteTokenizer | ModelTokenizer, said: str, stops: list[str], at: int, before: list[int], after: list[int]
+) -> None:
+    ids = tokenizer.encode(said, False)
+    first = Text(tokenizer.decoder(), stops)
+    told = ""
+    for group in grouped(ids[:at], before):  # the replica that is lost never finishes
+        told += first.push(group) if not first.stopped else ""
+    rest = Text(tokenizer.decoder(), stops, ids[:at], None)
+    assert (rest.known_chars, rest.stopped) == (len(told), first.stopped)
+    told += shown(rest, [] if rest.stopped else grouped(ids[at:], after))
+    assert told == shown(Text(tokenizer.decoder(), stops), [ids])
+
+
 def test_special_tokens_and_unknown_ids_show_nothing() -> None:
     tokenizer = ModelTokenizer(BYTE_LEVEL)
     end = BYTE_LEVEL.token_to_id("<|end|>")

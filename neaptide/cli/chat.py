@@ -65,7 +65,7 @@ def _place(session: Session, url: str | None, key: str | None, timeout_s: float)
     if url is not None:
         given = key or ("env:OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else "")
         return Place(client.Endpoint.of(url), _secret(session, given), timeout_s, False)
-    api = client.Endpoint.of(client.running(session.state).api)
+    api = client.Endpoint.of(client.running(session.state).api, client.api_leaf(session.state))
     return Place(api, _secret(session, key or f"file:{session.state / 'key'}"), timeout_s, True)
 
 

@@ -27,6 +27,9 @@ from neaptide.control.port import Status
 from neaptide.errors import ConfigError, NeaptideError
 from neaptide.fleet.cores import quota as cores_allowed
 from neaptide.fleet.state import StateDir
+from neaptide.tls.context import serving
+from neaptide.tls.served import DAY_S, LOW_DAYS
+from neaptide.tls.settings import ListenTls
 
 OPENVINO_S = 60.0  # a cold import from a slow disk
 MIN_DISK, LOW_DISK = 256 << 20, 2 << 30
@@ -64,6 +67,7 @@ def checks(state: Path, file: Path | None) -> Iterator[Check]:
         ("gpus", lambda: _gpus(settings)),
         ("state", lambda: _state(directory)),
         ("stale", lambda: _stale(directory)),
+        ("tls", lambda: _tls(settings)),
         ("ports", lambda: _ports(settings, directory)),
         ("ledger", lambda: _ledger(settings, directory)),
         ("server", lambda: _server(directory)),
@@ -226,7 +230,8 @@ def _state(state: StateDir) -> list[Check]:
         return [Check("state", "ok", f"{state.root} will be made")]
     if not os.access(state.root, os.W_OK | os.X_OK):
         return [Check("state", "fail", f"{state.root} is not writable", "run as its owner, or pass --state DIR")]
-    wide = [p for p in (state.root, state.key, state.admin_token, state.pepper) if p.exists() and _others(p)]
+    secrets = (state.root, state.key, state.admin_token, state.admins, state.pepper, state.audit)
+    wide = [p for p in secrets if p.exists() and _others(p)]
     if wide:
         fix = f"chmod go= {' '.join(str(p) for p in wide)}"
         return [Check("state", "fail", f"others may read {', '.join(str(p) for p in wide)}", fix)]
@@ -241,6 +246,25 @@ def _stale(state: StateDir) -> list[Check]:
     if state.up_json.exists() and not state.locked():
         return [Check("stale", "warn", f"{state.up_json} is of a service that has ended", "neaptide up (it cleans up)")]
     return [Check("stale", "ok", "no files of an ended service")]
+
+
+def _tls(settings: Settings | None) -> list[Check]:
+    listeners = {"tls": settings.tls, "admin.tls": settings.admin.tls} if settings is not None else {}
+    return [_certificate(key, tls) for key, tls in listeners.items() if tls is not None]
+
+
+def _certificate(key: str, tls: ListenTls) -> Check:
+    try:
+        _, leaf = serving(tls)
+    except NeaptideError as e:
+        return Check("tls", "fail", f"{key}: [{e.code}] {e.what}", e.fix)
+    left = (leaf.not_after_s - wall_s()) / DAY_S
+    if left <= 0:
+        return Check("tls", "fail", f"{key}: {leaf.subject} has expired", f"put a new one into {tls.cert}")
+    text = f"{key}: {leaf.subject}, {left:.0f} days left"
+    if left < LOW_DAYS:
+        return Check("tls", "warn", text, f"put a new one into {tls.cert}")
+    return Check("tls", "ok", text)
 
 
 def _ports(settings: Settings | None, state: StateDir) -> list[Check]:
@@ -278,7 +302,7 @@ def _server(state: StateDir) -> list[Check]:
     if not state.up_json.exists():
         return [Check("server", "ok", "not running")]
     try:
-        seen = client.admin(state.root, timeout_s=10.0).call("GET", "status", Status)
+        seen = client.own(state.root, timeout_s=10.0).call("GET", "status", Status)
     except ConfigError as e:
         return [Check("server", "fail", e.what, e.fix)]
     except NeaptideError as e:

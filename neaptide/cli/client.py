@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import ssl
 from collections.abc import Iterator
@@ -18,10 +19,13 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 
 from neaptide.errors import ConfigError, ModelError, NeaptideError, ProcessError, StorageError, UnreachableError
+from neaptide.tls.context import ANY_TIME, check_key, first_pem, load_pair, pinned
+from neaptide.tls.trust import why_untrusted
 
 MAX_ANSWER = 64 << 20  # bytes of one answer kept in memory
 MAX_LINE = 1 << 20  # bytes of one SSE line
 CONNECT_S = 5.0
+URL, TOKEN = "NEAPTIDE_ADMIN_URL", "NEAPTIDE_ADMIN_TOKEN"
 T = TypeVar("T")
 
 
@@ -42,9 +46,10 @@ class Endpoint(NamedTuple):
     host: str
     port: int
     path: str
+    leaf: Path | None = None  # the certificate that a service of this host shows; None: the system's store tells
 
     @classmethod
-    def of(cls, url: str) -> Endpoint:
+    def of(cls, url: str, leaf: Path | None = None) -> Endpoint:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{url!r} is not an http(s) URL", code="E103", fix="write it as http://host:port/v1")
@@ -52,14 +57,13 @@ class Endpoint(NamedTuple):
             port = parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError as e:
             raise ConfigError(f"{url!r}: {e}", code="E103", fix="write it as http://host:port/v1") from e
-        return cls(parts.scheme, parts.hostname, port, parts.path.rstrip("/"))
+        return cls(parts.scheme, parts.hostname, port, parts.path.rstrip("/"), leaf)
 
     def connect(self, timeout_s: float) -> http.client.HTTPConnection:
         """An open connection; UnreachableError E401 or E403."""
         if self.scheme == "https":
-            context = ssl.create_default_context()
             connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                self.host, self.port, timeout=min(CONNECT_S, timeout_s), context=context
+                self.host, self.port, timeout=min(CONNECT_S, timeout_s), context=_context(self.leaf)
             )
         else:
             connection = http.client.HTTPConnection(self.host, self.port, timeout=min(CONNECT_S, timeout_s))
@@ -67,6 +71,8 @@ class Endpoint(NamedTuple):
             connection.connect()
         except TimeoutError as e:
             raise UnreachableError(f"{self} does not answer within {CONNECT_S:g} s", code="E403") from e
+        except ssl.SSLError as e:
+            raise _untrusted(self, e) from e
         except OSError as e:
             raise _nobody(str(self), e) from e
         opened: socket.socket = connection.sock
@@ -79,11 +85,22 @@ class Endpoint(NamedTuple):
         return f"{self.scheme}://{host}:{self.port}{self.path}"
 
 
+def _context(leaf: Path | None) -> ssl.SSLContext:
+    """Our own services are known by the very certificate that they left in the state directory. ConfigError E130 to
+    E132."""
+    context = pinned(first_pem(str(leaf)), ANY_TIME) if leaf is not None else ssl.create_default_context()
+    if cert := os.environ.get("NEAPTIDE_CLIENT_CERT"):
+        key = os.environ.get("NEAPTIDE_CLIENT_KEY") or cert
+        check_key(key)
+        load_pair(context, cert, key)
+    return context
+
+
 class Admin:
     """The admin API of one running Neaptide."""
 
-    def __init__(self, url: str, token: str, timeout_s: float = 30.0) -> None:
-        self.endpoint, self.timeout_s = Endpoint.of(url), timeout_s
+    def __init__(self, url: str, token: str, timeout_s: float = 30.0, leaf: Path | None = None) -> None:
+        self.endpoint, self.timeout_s = Endpoint.of(url, leaf), timeout_s
         self._headers = {"Authorization": f"Bearer {token}", "Accept": "application/json"}
 
     def call(
@@ -98,7 +115,11 @@ class Admin:
 
     def raw(self, method: str, path: str, *, body: bytes | None = None, query: dict[str, Any] | None = None) -> bytes:
         given = {k: str(v) for k, v in (query or {}).items() if v is not None}
-        target = f"{self.endpoint.path}/api/v1/{path}" + (f"?{urlencode(given)}" if given else "")
+        return self.at(method, f"/api/v1/{path}" + (f"?{urlencode(given)}" if given else ""), body)
+
+    def at(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        """The answer of any path of the listener."""
+        target = f"{self.endpoint.path}{path}"
         status, _, answer = exchange(self.endpoint, method, target, self._headers, body, self.timeout_s)
         if status >= 400:
             raise refused(status, answer, self.endpoint)
@@ -119,8 +140,30 @@ def running(state: Path) -> UpFile:
 
 
 def admin(state: Path, timeout_s: float = 30.0) -> Admin:
-    """The admin API of what runs in `state`."""
-    return Admin(running(state).admin, secret_file(state / "admin-token"), timeout_s)
+    """The admin API that the environment names, with its token; else of what runs in `state`, with the host's own.
+    ConfigError E106 for an address without a token: the host's own is no other host's business."""
+    url, token = os.environ.get(URL), os.environ.get(TOKEN)
+    if url and not token:
+        raise ConfigError(f"{URL} is set and {TOKEN} is not", code="E106", fix=f"export {TOKEN}, or unset {URL}")
+    if not token:
+        return own(state, timeout_s)
+    if url:
+        return Admin(url, token, timeout_s)
+    return Admin(running(state).admin, token, timeout_s, admin_leaf(state))
+
+
+def own(state: Path, timeout_s: float = 30.0) -> Admin:
+    """The admin API of what runs in `state`, with the host's own token."""
+    return Admin(running(state).admin, secret_file(state / "admin-token"), timeout_s, admin_leaf(state))
+
+
+def api_leaf(state: Path) -> Path:
+    """Where the certificate in force at the inference listener stands, if that speaks TLS."""
+    return state / "run" / "api.crt"
+
+
+def admin_leaf(state: Path) -> Path:
+    return state / "run" / "admin.crt"
 
 
 def secret_file(path: Path) -> str:
@@ -239,8 +282,20 @@ def _nobody(place: str, cause: OSError) -> UnreachableError:
     )
 
 
+def _untrusted(endpoint: Endpoint, cause: ssl.SSLError) -> UnreachableError:
+    why = why_untrusted(cause)
+    fix = why.fix if endpoint.leaf is None else "neaptide down and up, or try again while a certificate changes"
+    if endpoint.leaf is None and isinstance(cause, ssl.SSLCertVerificationError):
+        fix = "for an authority of your own: export SSL_CERT_FILE=ca.crt"
+    return UnreachableError(f"no TLS with {endpoint}: it {why.reason}", why=str(cause), fix=fix, code="E406")
+
+
 def _broken(endpoint: Endpoint, cause: Exception) -> UnreachableError:
     why = str(cause) or type(cause).__name__
+    if isinstance(cause, ssl.SSLError) and "CERTIFICATE" in (getattr(cause, "reason", None) or ""):
+        fix = "export NEAPTIDE_CLIENT_CERT=FILE NEAPTIDE_CLIENT_KEY=FILE"
+        what = f"{endpoint} wants a client certificate that it trusts"
+        return UnreachableError(what, why=why, fix=fix, code="E406")
     return UnreachableError(f"the connection to {endpoint} broke", why=why, fix="neaptide status", code="E404")
 
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 import msgspec
 
 from neaptide.cli import client
 from neaptide.cli.session import Session, common, user
 from neaptide.cli.words import say
+from neaptide.control.roles import ROLES
 
 LINK = "/ui/ticket"  # not of the API: it serves this verb and `up`
 
 
 @click.command("dashboard", help=say("dashboard.help"))
 @click.option("--open", "show", is_flag=True, help=say("dashboard.open"))
+@click.option("--role", type=click.Choice(ROLES), help=say("dashboard.role"))
 @common
-def dashboard(session: Session, show: bool) -> None:
-    made = link(session.state)
+def dashboard(session: Session, show: bool, role: str | None) -> None:
+    made = link(client.admin(session.state, timeout_s=10.0), role)
     if session.as_json:
         session.encoded(made)
     else:
@@ -35,12 +35,7 @@ class Link(msgspec.Struct):
     valid_s: float
 
 
-def link(state: Path, timeout_s: float = 10.0) -> Link:
-    """A new link to what runs in `state`; NeaptideError when nothing runs there or it refuses."""
-    endpoint = client.Endpoint.of(client.running(state).admin)
-    headers = {"Authorization": f"Bearer {client.secret_file(state / 'admin-token')}"}
-    body = msgspec.json.encode({"by": user()[:64]})
-    status, _, told = client.exchange(endpoint, "POST", f"{endpoint.path}{LINK}", headers, body, timeout_s)
-    if status >= 400:
-        raise client.refused(status, told, endpoint)
-    return msgspec.json.decode(told, type=Link)
+def link(api: client.Admin, role: str | None = None) -> Link:
+    """A new link, of the token's role or a lower one; NeaptideError when nothing runs there or it refuses."""
+    body = msgspec.json.encode({"by": user()[:64], "role": role})
+    return msgspec.json.decode(api.at("POST", LINK, body), type=Link)

@@ -56,7 +56,7 @@ def demo(session: Session, short: bool, policy: str, seed: int, out: Path) -> No
 
 
 def _asker(state: Path) -> Ask:
-    admin = client.admin(state, timeout_s=10.0)
+    admin = client.own(state, timeout_s=10.0)
 
     def ask(path: str, kind: type[T], query: dict[str, Any]) -> T:
         return admin.call("GET", path, kind, query=query)

@@ -133,6 +133,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
         "at": usage.get("started_wall_s", 0.0),
         "id": usage.get("request_id", ""),
         "peer": row.get("peer", ""),
+        **({"client": row["client"]} if "client" in row else {}),
         "method": "POST",
         "path": PATHS.get(str(usage.get("route")), str(usage.get("route"))),
         "status": usage.get("status", 0),

@@ -4,40 +4,42 @@ from __future__ import annotations
 
 import http.client
 import json
-import urllib.parse
+from pathlib import Path
 from typing import Any
 
+from neaptide.cli.client import Endpoint
 from neaptide.cli.words import say
 from neaptide.clock import mono_s
+from neaptide.errors import NeaptideError
 
 TIMEOUT_S = 60.0
 
 
-def self_test(api: str, key: str) -> str:
-    """One line: what the first model answered and how fast, or why it did not."""
-    url = urllib.parse.urlsplit(api)
+def self_test(api: str, key: str, leaf: Path | None = None) -> str:
+    """One line: what the first model answered and how fast, or why it did not. `leaf`: as Endpoint has it."""
+    url = Endpoint.of(api, leaf)
     try:
         models = _get(url, key)
         if not models:
             return say("up.selftest_failed", why="no models")
         return _line(models[0], *_ask(url, key, models[0]))
-    except (OSError, http.client.HTTPException, ValueError, KeyError) as e:
-        return say("up.selftest_failed", why=e)
+    except (NeaptideError, OSError, http.client.HTTPException, ValueError, KeyError) as e:
+        return say("up.selftest_failed", why=getattr(e, "what", e))
 
 
-def _get(url: urllib.parse.SplitResult, key: str) -> list[str]:
-    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=TIMEOUT_S)
+def _get(url: Endpoint, key: str) -> list[str]:
+    connection = url.connect(TIMEOUT_S)
     connection.request("GET", url.path + "/models", headers={"Authorization": f"Bearer {key}"})
     listed: dict[str, Any] = json.loads(connection.getresponse().read())
     connection.close()
     return [m["id"] for m in listed["data"]]
 
 
-def _ask(url: urllib.parse.SplitResult, key: str, model: str) -> tuple[float, float, int]:
+def _ask(url: Endpoint, key: str, model: str) -> tuple[float, float, int]:
     """(TTFT s, TPOT s, tokens), from the client's side."""
     body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "stream": True, "max_tokens": 48}
     body |= {"temperature": 0, "stream_options": {"include_usage": True}}
-    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=TIMEOUT_S)
+    connection = url.connect(TIMEOUT_S)
     began_s = mono_s()
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     connection.request("POST", url.path + "/chat/completions", json.dumps(body), headers)

@@ -11,7 +11,9 @@ from neaptide.cli import client
 from neaptide.cli.draw import count, paint, size, span, table
 from neaptide.cli.session import Session, common
 from neaptide.cli.words import say
-from neaptide.control.port import DeploymentStatus, GatewayStatus, ReplicaStatus, Status
+from neaptide.control.port import CertificateStatus, DeploymentStatus, GatewayStatus, ReplicaStatus, Status
+
+LOW_DAYS = 14.0  # of a certificate: time to renew it
 
 
 @click.command("status", help=say("status.help"))
@@ -106,4 +108,12 @@ def _footer(s: Status) -> list[str]:
     for disk in s.disks:
         free = say("status.free", free=size(disk.free_bytes), total=size(disk.total_bytes))
         out.append(f"{say('status.disk')}  {disk.path}  {free}")
+    out += [_certificate(c) for c in s.certificates]
     return out
+
+
+def _certificate(c: CertificateStatus) -> str:
+    left = say("status.days_left", days=f"{c.days_left:.1f}") if c.days_left > 0 else say("status.expired")
+    colour = "red" if c.days_left <= 0 else "yellow"
+    parts = [say("status.certificate"), c.listener, c.subject, left if c.days_left >= LOW_DAYS else paint(left, colour)]
+    return "  ".join([*parts, paint(say("status.refused", why=c.refused), "yellow")] if c.refused else parts)

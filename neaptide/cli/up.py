@@ -123,9 +123,10 @@ class Terminal(Voice):
 
     def _welcome(self, up: Up) -> None:
         if self._self_test:
+            from neaptide.cli.client import api_leaf
             from neaptide.cli.selftest import self_test
 
-            self._print(self_test(up.api, up.key))
+            self._print(self_test(up.api, up.key, api_leaf(self._session.state)))
         self._print("\n".join([*welcome(up, self._session.state), say("up.stop")]))
 
     def ended(self) -> None:
@@ -153,11 +154,12 @@ def welcome(up: Up, state: Path) -> list[str]:
 
 def admin_line(up: Up, state: Path) -> str:
     """With a link that signs in, while control makes one."""
+    from neaptide.cli import client
     from neaptide.cli.dashboard import link
     from neaptide.errors import NeaptideError
 
     try:
-        made = link(state)
+        made = link(client.own(state, timeout_s=10.0))
     except NeaptideError:
         return say("up.admin", admin=up.admin, state=state)
     return say("up.dashboard", url=made.url, minutes=made.valid_s / 60)

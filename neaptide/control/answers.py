@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from neaptide import __version__
 from neaptide.clock import mono_s, wall_s
 from neaptide.control.port import (
+    CertificateStatus,
     DeploymentStatus,
     DiskStatus,
     GatewayStatus,
@@ -18,6 +19,7 @@ from neaptide.control.port import (
     Stage,
     Status,
 )
+from neaptide.tls.served import DAY_S
 
 if TYPE_CHECKING:
     from neaptide.control.app import Control
@@ -44,6 +46,7 @@ async def status(control: Control) -> Status:
         gateways=tuple(gateways(c)),
         ledger=await c.books.status(),
         disks=(disk(c.state.root),),
+        certificates=tuple(certificates(c)),
     )
 
 
@@ -70,7 +73,7 @@ def processes(c: Control) -> list[ProcessStatus]:
 
 def replicas(c: Control) -> list[ReplicaStatus]:
     pids, watched = c.local.pids(), {p.id: p for p in c.processes}
-    loads = c.load_of
+    loads, notes = c.load_of, c.left_out()
     out = []
     for r in c.replicas:
         child, about = watched.get(r.id), c.local.about(r.id)
@@ -92,7 +95,7 @@ def replicas(c: Control) -> list[ReplicaStatus]:
                 restarts=c.restarts.get(r.id, 0),
                 kv_tokens=about.description.kv_tokens if about.description else None,
                 stages=tuple(Stage(name=k, seconds=v) for k, v in about.stages.items()),
-                error=r.error,
+                error=r.error or notes.get(r.id, ""),
             )
         )
     return out
@@ -175,3 +178,22 @@ def children(pid: int) -> list[int]:
     except OSError:
         return []
     return [int(x) for x in text.split()]
+
+
+def certificates(c: Control) -> list[CertificateStatus]:
+    """Control's own, and those that gateways tell of."""
+    out = []
+    if c.served is not None:
+        out.append(_certificate("admin", c.served.leaf.subject, c.served.leaf.not_after_s, c.served.refused))
+    for g in c.publisher.gateways.values():
+        told = g.gauges.certificate if g.gauges else None
+        if told is not None:
+            out.append(_certificate(g.id, told.subject, told.not_after_s, told.refused))
+    return out
+
+
+def _certificate(listener: str, subject: str, not_after_s: float, refused: str) -> CertificateStatus:
+    left = (not_after_s - wall_s()) / DAY_S
+    return CertificateStatus(
+        listener=listener, subject=subject, not_after_wall_s=not_after_s, days_left=round(left, 2), refused=refused
+    )

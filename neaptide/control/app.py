@@ -12,35 +12,41 @@ import signal
 import socket
 import urllib.parse
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-import uvicorn
 
 from neaptide import lifeline
-from neaptide.clock import wall_s
+from neaptide.clock import RealClock, wall_s
 from neaptide.config import ModelSettings, Settings, StoreSettings, parse
 from neaptide.control import answers, keep
-from neaptide.control.admin import Front, build_app
+from neaptide.control.admin import build_app
 from neaptide.control.books import Books
 from neaptide.control.decisions import DecisionJournal
 from neaptide.control.desired import deployment, difference, grouped, members, redacted, slow_part
+from neaptide.control.gate import Access
 from neaptide.control.gpus import GpuWatch
+from neaptide.control.guard import Front
+from neaptide.control.listen import AdminServer
 from neaptide.control.loop import Loop, in_flight
 from neaptide.control.port import (
     ApplyReport,
     BackupReport,
+    BudgetRow,
+    Budgets,
     Choices,
     ConfigView,
     CreatedKey,
     Decisions,
     DownReport,
     GroupBy,
+    KeyChange,
     KeyInfo,
     Keys,
     Models,
+    NewBudget,
     NewKey,
     NewOverride,
     ScaleRow,
@@ -67,6 +73,7 @@ from neaptide.models.hold import hold, release
 from neaptide.models.sources import resolve
 from neaptide.specs import ControlSpec, ReplicaSpec
 from neaptide.table import Fast, Gauges, ModelGauge
+from neaptide.tls.served import Served
 from neaptide.types import Carry, Deployment, Launch, Plan, Replica
 
 HOPELESS = "E2"  # a model error: starting the replica again will not mend it
@@ -97,7 +104,8 @@ class Control:
         self._reports: set[asyncio.Task[None]] = set()
         self._event_loop = asyncio.get_running_loop()
         self.supervisor = Client(self._event, self._orphaned)
-        self.publisher = Publisher(spec.token, self._on_gauges)
+        self.books = Books(self.state, self.settings)
+        self.publisher = Publisher(spec.token, self._on_gauges, self.books.lender)
         self.local = LocalDriver(
             self.supervisor,
             self.state,
@@ -123,7 +131,8 @@ class Control:
             spares=lambda: self.settings.spares,
             keep=self.scaling.keep,
         )
-        self.books = Books(self.state, self.settings)
+        tls = spec.admin_tls
+        self.served = Served(tls, "admin.listen", str(self.state.admin_leaf)) if tls is not None else None
         self.ending = asyncio.Event()
 
     # -- life --------------------------------------------------------------------------------------------------
@@ -142,6 +151,7 @@ class Control:
         try:
             await self._configure(self.settings)
             self.loop.resume(self.scaling.resume())
+            access = await asyncio.to_thread(Access.open, self.state, RealClock())
             loop = asyncio.create_task(self.loop.run())
             await opening
         except NeaptideError as e:
@@ -151,15 +161,14 @@ class Control:
         self._publish()
         keeping = asyncio.create_task(self.books.keep(self.local, self.spec.token))
         watching = asyncio.create_task(self.gpus.run())
-        await self._serve_admin((loop, keeping, watching))
+        lending = asyncio.create_task(self.books.lender.run())
+        await self._serve_admin(access, (loop, keeping, watching, lending))
 
-    async def _serve_admin(self, tasks: tuple[asyncio.Task[None], ...]) -> None:
+    async def _serve_admin(self, access: Access, tasks: tuple[asyncio.Task[None], ...]) -> None:
         front = self._make_front(self) if self._make_front else None
-        app = build_app(self, self.state.secret(self.state.admin_token), _names(self.spec.admin_url), front=front)
+        app = build_app(self, access, _names(self.spec.admin_url), front=front)
         tasks = (*tasks, asyncio.create_task(front.run())) if front else tasks
-        server = AdminServer(
-            uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=5)
-        )
+        server = AdminServer(app, self.served)
         serving = asyncio.create_task(server.serve([socket.socket(fileno=self.spec.admin_fd)]))
         ending = asyncio.create_task(self.ending.wait())
         await asyncio.wait({serving, ending, *tasks}, return_when=asyncio.FIRST_COMPLETED)
@@ -172,6 +181,7 @@ class Control:
         await self.books.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(serving, 1.0)
+        await access.close()
 
     # -- what happens ------------------------------------------------------------------------------------------
 
@@ -201,6 +211,14 @@ class Control:
     def load_of(self) -> Mapping[str, int]:
         """Requests in flight per replica."""
         return in_flight(self._gauges())
+
+    def left_out(self) -> Mapping[str, str]:
+        """Why gateways give a replica nothing, by its id."""
+        notes: dict[str, str] = {}
+        for g in self._gauges():
+            notes |= dict.fromkeys(g.erring, f"gateway {g.gateway} leaves it out: it answers with errors")
+            notes |= dict.fromkeys(g.unreachable, f"gateway {g.gateway} cannot reach it")
+        return notes
 
     def waiting_of(self) -> Mapping[str, int]:
         """Requests that wait in the gateways, per model."""
@@ -253,7 +271,8 @@ class Control:
         keys = self.books.keys
         if keys is None:
             return  # the ledger is still opening; gateways keep what they have
-        slow = slow_part(self.settings, self.deployments, keys, self.failing, self.created_s)
+        keys = self.books.lender.rows(keys, wall_s())
+        slow = slow_part(self.settings, self.deployments, keys, self.failing, self.created_s, self.books.prices)
         self.publisher.replace(Fast(replicas=self.loop.rows()), slow)
 
     def _check_ready(self) -> None:
@@ -394,10 +413,28 @@ class Control:
         self._publish()
         return created
 
+    async def set_key(self, key_id: str, change: KeyChange) -> KeyInfo:
+        changed = await self.books.set_key(key_id, change)
+        self._publish()
+        return changed
+
     async def revoke_key(self, key_id: str) -> KeyInfo:
         revoked = await self.books.revoke_key(key_id)
         self._publish()
         return revoked
+
+    async def budgets(self) -> Budgets:
+        return await self.books.list_budgets()
+
+    async def set_budget(self, new: NewBudget) -> BudgetRow:
+        row = await self.books.set_budget(new)
+        self._publish()
+        return row
+
+    async def remove_budget(self, budget_id: str) -> BudgetRow:
+        row = await self.books.remove_budget(budget_id)
+        self._publish()
+        return row
 
     async def usage(self, where: UsageFilter, cursor: str | None, limit: int) -> UsagePage:
         return await self.books.usage(where, cursor, limit)
@@ -411,14 +448,6 @@ class Control:
     async def down(self, grace_s: float) -> DownReport:
         await self.supervisor.call("down")
         return DownReport(accepted=True, grace_s=min(grace_s, self.spec.grace_s))
-
-
-class AdminServer(uvicorn.Server):
-    """uvicorn without its own signal handlers: SIGTERM is ours."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class Weights(NamedTuple):

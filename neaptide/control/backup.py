@@ -1,7 +1,7 @@
 """Backup of the state directory: one tar.gz with a manifest; made while everything runs, verified before restoring.
 
-In it: the ledger (SQLite's online backup), journal segments, keys' pepper, default key, admin token and the
-configuration in force. Not in it: run/, log/, cache/, backup/, and a PostgreSQL ledger, which has pg_dump.
+In it: the ledger (SQLite's online backup), journal segments, keys' pepper, default key, admin tokens, the audit log and
+the configuration in force. Not in it: run/, log/, cache/, backup/, and a PostgreSQL ledger, which has pg_dump.
 
 The journal is copied before the ledger: a record is then in the copied journal, or the copied ledger has taken it, or
 both, and intake is idempotent. The other order could miss a segment that is removed in between.
@@ -33,7 +33,9 @@ from neaptide.errors import ConfigError, NeaptideError, StorageError
 FORMAT = 1
 MANIFEST = "manifest.json"
 LEDGER = "ledger.db"
-KEPT = ("key", "admin-token", "pepper", "config.json", "epoch")  # a gateway's table is told anew at every start
+# A gateway's table is told anew at every start.
+KEPT = ("key", "admin-token", "admins.json", "pepper", "config.json", "epoch")
+DIRECTORIES = ("journal", "audit")
 MAX_MANIFEST = 16 << 20
 MAX_FILES = 100_000
 
@@ -128,10 +130,20 @@ def _snapshot(state: Path, into: Path) -> list[Entry]:
             shutil.copyfile(path, copy)
     if (state / LEDGER).exists():
         _copy_ledger(state / LEDGER, into / LEDGER)
+    _copy_audit(state / "audit", into / "audit")
     for path in (state / name for name in KEPT if (state / name).is_file()):
         shutil.copyfile(path, into / path.name)
     found = sorted(p for p in into.rglob("*") if p.is_file())
     return [_entry(p, into) for p in found]
+
+
+def _copy_audit(source: Path, target: Path) -> None:
+    """The lines and, before them, their head: a log that is longer than its head is whole. Intents stay, the one of
+    this backup among them."""
+    for path in (*source.glob("head.json"), *sorted(source.glob("*.jsonl"))):
+        target.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # the oldest may be dropped meanwhile
+            shutil.copyfile(path, target / path.name)
 
 
 def _copy_ledger(source: Path, target: Path) -> None:
@@ -211,7 +223,7 @@ def _open(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 
 def _inside(path: str) -> bool:
     parts = path.split("/")
-    known = path in (*KEPT, LEDGER) or parts[0] == "journal"
+    known = path in (*KEPT, LEDGER) or parts[0] in DIRECTORIES
     return known and all(part not in ("", ".", "..") for part in parts)
 
 

@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
+
+import msgspec
 
 from neaptide.clock import RealClock, mono_s
 from neaptide.config import Settings
 from neaptide.control import backup as archive
 from neaptide.control import port
 from neaptide.control.keys import KeyInfo, KeyStore
+from neaptide.control.lender import Lender
+from neaptide.cost.accounts import Terms
+from neaptide.cost.budgets import A_SCOPE, Budget, check
 from neaptide.cost.intake import Intake
+from neaptide.cost.leases import Lease, Leases
 from neaptide.cost.ledger import Ledger, Receipt, Total, UsageFilter, open_ledger
-from neaptide.cost.prices import rates
-from neaptide.errors import StorageError
+from neaptide.cost.prices import nanos, rates
+from neaptide.errors import RequestError, StorageError
 from neaptide.fleet.local import LocalDriver
 from neaptide.fleet.state import StateDir
 from neaptide.fleet.tally import ask
 from neaptide.link import TallyRow
-from neaptide.table import KeyRow
+from neaptide.table import KeyRow, Prices
 from neaptide.types import Begin, Priority
 
 PULL_S = 0.3
@@ -40,12 +46,16 @@ class Books:
 
     def __init__(self, state: StateDir, settings: Settings) -> None:
         self.state, self.settings = state, settings
+        self.lender = Lender(self._lend)
         self.keys: tuple[KeyRow, ...] | None = None
+        self.prices = Prices()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._clock = RealClock()
         self._ledger: Ledger | None = None
         self._store: KeyStore | None = None
         self._intake: Intake | None = None
+        self._leases: Leases | None = None
+        self._loop = asyncio.get_running_loop()
         self._error = ""
         self._pulled_s = mono_s()
         self._look_for_dead = True  # at start: whatever died while we were away
@@ -55,23 +65,32 @@ class Books:
 
     async def open(self, default_key: str) -> None:
         """Open, migrate, adopt the default key. StorageError when the ledger cannot be had."""
-        await self._call(lambda: self._open(default_key))
+        keys, budgets, leases, now_s = await self._call(lambda: self._open(default_key))
+        self.lender.open(budgets, leases, now_s)
+        self.keys = keys
 
-    def _open(self, default_key: str) -> None:
+    def _open(self, default_key: str) -> tuple[tuple[KeyRow, ...], tuple[Budget, ...], tuple[Lease, ...], float]:
         ledger = open_ledger(self.settings.ledger.url, self.state.root, self._clock)
         self._ledger = ledger
-        ledger.set_prices(rates(self.settings.prices), self.settings.currency)
+        ledger.on_paid = lambda journal, amounts: self._post(self.lender.paid, journal, amounts)
+        self._price(ledger, self.settings)
         self._store = KeyStore(ledger, self.state.secret(self.state.pepper), self._clock)
         self._store.adopt(default_key, "default")
         self._intake = Intake(ledger, self.state.journal, self._clock)
-        self.keys = self._store.rows()
+        self._leases = Leases(ledger.database)
+        now_s, budgets = self._clock.wall_s(), self._leases.budgets()
+        return self._store.rows(), budgets, self._leases.of([b.name(now_s) for b in budgets]), now_s
+
+    def _price(self, ledger: Ledger, settings: Settings) -> None:
+        version = ledger.set_prices(rates(settings.prices), settings.currency)
+        self.prices = Prices(version=version, currency=settings.currency, rates=ledger.prices.latest.rates)
 
     def configure(self, settings: Settings) -> None:
         """Prices take effect for requests that start from now on."""
         self.settings = settings
         ledger = self._ledger
         if ledger is not None:
-            self._thread.submit(ledger.set_prices, rates(settings.prices), settings.currency)
+            self._thread.submit(self._price, ledger, settings)
 
     def gateway_died(self) -> None:
         self._look_for_dead = True
@@ -107,6 +126,15 @@ class Books:
         for journal, begins in dead.items():
             tally = await self._ask(begins, fleet, token)
             await self._call(partial(self._books().close_dead, journal, tally))
+        await self._call(self._end_leases)
+
+    def _end_leases(self) -> None:
+        """Of gateways that are dead, with all that they wrote taken."""
+        leases = self._open_leases()
+        for gateway in leases.gateways():
+            if self._books().is_closed(gateway):
+                leases.over(gateway)
+                self._post(self.lender.over, gateway)
 
     async def _ask(self, begins: tuple[Begin, ...], fleet: LocalDriver, token: str) -> Mapping[str, TallyRow]:
         by_replica: dict[str, list[str]] = {}
@@ -121,7 +149,9 @@ class Books:
     def _clear(self) -> None:
         self._books().remove_taken(self.settings.journal.retention_days)
         if self._ledger is not None:
-            self._ledger.forget(self._clock.wall_s() - self.settings.ledger.retention_days * DAY_S)
+            before_s = self._clock.wall_s() - self.settings.ledger.retention_days * DAY_S
+            self._ledger.forget(before_s)
+            self._open_leases().forget(before_s)
 
     async def close(self) -> None:
         """Take the journals' last records, then let go of the ledger."""
@@ -150,16 +180,78 @@ class Books:
     async def create_key(self, new: port.NewKey) -> port.CreatedKey:
         made = await self._call(
             lambda: self._keys().create(
-                new.name, tenant=new.tenant, project=new.project or "default", priority=new.priority, models=new.models
+                new.name,
+                tenant=new.tenant,
+                project=new.project or "default",
+                priority=new.priority,
+                models=new.models,
+                terms=Terms(**_terms(new)),
             )
         )
         await self._reload()
         return port.CreatedKey(key=made.secret, info=_shown(made.info))
 
+    async def set_key(self, key_id: str, change: port.KeyChange) -> port.KeyInfo:
+        info = await self._call(lambda: self._keys().set(key_id, _terms(change)))
+        await self._reload()
+        return _shown(info)
+
     async def revoke_key(self, key_id: str) -> port.KeyInfo:
         info = await self._call(lambda: self._keys().revoke(key_id))
         await self._reload()
         return _shown(info)
+
+    async def _lend(self, leases: Sequence[Lease]) -> None:
+        await self._call(lambda: self._open_leases().lend(leases))
+
+    async def list_budgets(self) -> port.Budgets:
+        await self._pull()
+        return port.Budgets(currency=self.settings.currency, rows=self.lender.shown(self._clock.wall_s()))
+
+    async def set_budget(self, new: port.NewBudget) -> port.BudgetRow:
+        amount = nanos(new.amount) if new.unit == "money" else _whole(new.amount)
+        if amount is None:
+            fix = "Money has at most nine decimals, tokens are whole; neither is below 0."
+            raise RequestError(400, f"{new.amount} is not an amount of {new.unit}.", param="amount", fix=fix)
+        budget = Budget(scope=new.scope, unit=new.unit, period=new.period, amount=amount, strict=new.strict)
+        check(budget)
+        kind, _, name = budget.scope.partition(":")
+        if kind == "key" and not any(key.id == name for key in self.keys or ()):
+            raise RequestError(
+                400, f"There is no key {name!r}.", param="scope", fix="`neaptide keys list` has their ids."
+            )
+        await self._call(partial(self._set_budget, budget))
+        return self._shown(budget)
+
+    def _set_budget(self, budget: Budget) -> None:
+        leases, now_s = self._open_leases(), self._clock.wall_s()
+        others = [b for b in leases.budgets() if b.scope == budget.scope and b.id != budget.id]
+        if len(others) >= A_SCOPE:
+            raise RequestError(
+                400,
+                f"{budget.scope} has {len(others)} budgets already: {', '.join(b.id for b in others)}.",
+                param="scope",
+                fix="Remove one: `neaptide budgets remove ID`.",
+            )
+        leases.set(budget, now_s)
+        name = budget.name(now_s)
+        self._post(self.lender.set, leases.budgets(), name, budget.amount, leases.of([name]))
+
+    async def remove_budget(self, budget_id: str) -> port.BudgetRow:
+        budget = next((b for b in self.lender.budgets if b.id == budget_id), None)
+        if budget is None:
+            raise port.NotFoundError(f"there is no budget {budget_id!r}", fix="neaptide budgets list")
+        shown = self._shown(budget)
+        await self._call(partial(self._remove_budget, budget))
+        return shown
+
+    def _remove_budget(self, budget: Budget) -> None:
+        leases = self._open_leases()
+        leases.remove(budget)
+        self._post(self.lender.remove, leases.budgets(), budget.name(self._clock.wall_s()))
+
+    def _shown(self, budget: Budget) -> port.BudgetRow:
+        return next(row for row in self.lender.shown(self._clock.wall_s()) if row.id == budget.id)
 
     async def _reload(self) -> None:
         self.keys = await self._call(self._keys().rows)
@@ -187,6 +279,15 @@ class Books:
     async def _call(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
+    def _post(self, told: Callable[..., None], *what: object) -> None:
+        """From the ledger's thread to control's loop, in the order in which the ledger was read and written."""
+        self._loop.call_soon_threadsafe(told, *what)
+
+    def _open_leases(self) -> Leases:
+        if self._leases is None:
+            raise StorageError("the ledger is still opening", fix="ask again in a second", code="E511")
+        return self._leases
+
     def _open_ledger(self) -> Ledger:
         if self._ledger is None:
             raise StorageError("the ledger is still opening", fix="ask again in a second", code="E511")
@@ -203,6 +304,10 @@ class Books:
         return self._intake
 
 
+def _whole(amount: int | float) -> int | None:
+    return int(amount) if isinstance(amount, int) or amount.is_integer() else None
+
+
 def _shown(info: KeyInfo) -> port.KeyInfo:
     return port.KeyInfo(
         id=info.id,
@@ -212,9 +317,28 @@ def _shown(info: KeyInfo) -> port.KeyInfo:
         project=info.project,
         priority=cast(Priority, info.priority),  # checked when it was written
         models=info.models,
+        inside=info.inside,
         created_wall_s=info.created_s,
         disabled=info.disabled,
+        expires_wall_s=info.expires_s,
+        scopes=cast(tuple[port.Scope, ...], info.scopes),
+        rpm=info.rpm,
+        tpm=info.tpm,
+        concurrency=info.concurrency,
     )
+
+
+def _terms(asked: port.NewKey | port.KeyChange) -> dict[str, Any]:
+    """Those it names."""
+    named: dict[str, Any] = {
+        "expires_s": asked.expires_wall_s,
+        "inside": asked.inside,
+        "scopes": asked.scopes,
+        "rpm": asked.rpm,
+        "tpm": asked.tpm,
+        "concurrency": asked.concurrency,
+    }
+    return {name: value for name, value in named.items() if value is not msgspec.UNSET}
 
 
 def _filter(where: port.UsageFilter) -> UsageFilter:

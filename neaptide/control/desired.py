@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from neaptide.config import ModelSettings, PoolSettings, Settings
+from neaptide.config import ModelSettings, PoolSettings, Settings, TenantSettings
 from neaptide.control.port import ApplyReport, Change
 from neaptide.specs import MemberSpec
-from neaptide.table import DeploymentRow, KeyRow, Slow
+from neaptide.table import DeploymentRow, KeyRow, Prices, Slow, quotas
 from neaptide.types import Deployment, Revision, Slo
 
-AT_NEXT_UP = ("listen", "admin", "gateways", "journal", "access_log", "ledger")
+AT_NEXT_UP = ("listen", "tls", "admin", "gateways", "journal", "access_log", "ledger")
+NO_PRICES = Prices()
 # What makes another revision: the weights, the engine and how it runs. Prices, SLO and limits do not.
 REVISION_KEYS = ("source", "engine", "options", "prefix_cache", "max_tokens_default", "replicas")
 
@@ -93,6 +94,7 @@ def slow_part(
     keys: tuple[KeyRow, ...],
     failing: Mapping[str, str],
     created_s: Mapping[str, int],
+    prices: Prices = NO_PRICES,
 ) -> Slow:
     """The slow part of the table; `failing` names the deployments of which no replica starts, with the reason."""
     rows = []
@@ -110,16 +112,40 @@ def slow_part(
                 max_tokens_default=m.max_tokens_default,
                 failing=failing.get(d.model, ""),
                 slo_ttft_s=d.slo.ttft_s,
+                traffic=m.traffic,
+                slo_tpot_s=d.slo.tpot_s,
+                adaptive=m.concurrency == "adaptive",
                 affinity=m.prefix_cache == "shared",
+                cache=m.cache,
+                degrade=m.degrade,
             )
         )
     return Slow(
         deployments=tuple(rows),
-        keys=keys,
+        keys=_limited(_classed(keys, settings), settings.tenants),
         limits=settings.limits,
         cors=settings.cors,
         auth=settings.auth == "keys",
         weights={name: tenant.weight for name, tenant in settings.tenants.items()},
+        prices=prices,
+    )
+
+
+def _classed(keys: tuple[KeyRow, ...], settings: Settings) -> tuple[KeyRow, ...]:
+    """A tenant whose data stays inside has no key that says otherwise."""
+    inside = {name for name, tenant in settings.tenants.items() if tenant.data == "inside"}
+    if not inside:
+        return keys
+    return tuple(msgspec.structs.replace(k, inside=True) if k.tenant in inside else k for k in keys)
+
+
+def _limited(keys: tuple[KeyRow, ...], tenants: Mapping[str, TenantSettings]) -> tuple[KeyRow, ...]:
+    """`keys`, each with its tenant's limits beside its own."""
+    theirs = {name: quotas("tenant", t.rpm, t.tpm, t.concurrency) for name, t in tenants.items()}
+    if not any(theirs.values()):
+        return keys
+    return tuple(
+        msgspec.structs.replace(k, quotas=k.quotas + theirs[k.tenant]) if theirs.get(k.tenant) else k for k in keys
     )
 
 

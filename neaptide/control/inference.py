@@ -277,8 +277,8 @@ class Service(NamedTuple):
 
 _GENERATION_ERRORS = (400, 401, 403, 404, 408, 413, 415, 429, 431, 500, 502, 503, 504, 507)
 SERVICES = (
-    Service("listModels", "GET", "/v1/models", ModelList, errors=(401,)),
-    Service("getModel", "GET", "/v1/models/{model}", ModelEntry, errors=(401, 404)),
+    Service("listModels", "GET", "/v1/models", ModelList, errors=(401, 403)),
+    Service("getModel", "GET", "/v1/models/{model}", ModelEntry, errors=(401, 403, 404)),
     Service(
         "createChatCompletion",
         "POST",
@@ -308,6 +308,9 @@ HEADERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("x-neaptide-priority", {"enum": ["low", "normal", "high"]}),
     ("x-neaptide-deadline-ms", {"type": "integer", "minimum": 1}),
     ("x-neaptide-conversation", {"type": "string"}),
+    ("x-neaptide-revision", {"type": "string", "minLength": 1, "maxLength": 160}),
+    ("x-neaptide-cache", {"enum": ["yes", "no"]}),
+    ("x-neaptide-degrade", {"enum": ["yes", "no"]}),
     ("x-request-id", {"type": "string", "minLength": 1, "maxLength": 128}),
     ("traceparent", {"type": "string"}),
 )

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hmac
 import re
 import secrets
+from collections.abc import Mapping
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from neaptide.clock import Clock
-from neaptide.cost.accounts import Accounts, KeyRecord
+from neaptide.cost.accounts import Accounts, KeyRecord, Terms
 from neaptide.cost.ledger import Ledger
 from neaptide.errors import RequestError, StorageError
-from neaptide.table import KeyRow
+from neaptide.table import KeyRow, quotas
 from neaptide.types import Priority
 
 PREFIX = "sk-"
@@ -28,9 +29,12 @@ MAX_MODELS = 128
 MAX_KEY = 256
 KEY = re.compile(rf"[\x21-\x7e]{{16,{MAX_KEY}}}")  # what a header can carry; short ones could be guessed
 PRIORITIES = ("low", "normal", "high")
+SCOPES = ("inference", "models", "tokenize")
+MOST = 10**12  # of a limit
+DOOMSDAY_S = 253_402_300_800.0  # the year 10000
 
 
-class KeyInfo(msgspec.Struct, frozen=True, kw_only=True):
+class KeyInfo(Terms, frozen=True, kw_only=True):
     """What may be shown of a key."""
 
     id: str
@@ -88,11 +92,12 @@ class KeyStore:
         project: str = "default",
         priority: Priority = "normal",
         models: tuple[str, ...] = (),
+        terms: Terms = Terms(),  # noqa: B008  (frozen)
     ) -> NewKey:
         """A new key. `priority` is the highest class it may ask for, `models` what it may use (empty: all).
-        RequestError 400 for an unknown project, priority or an over-long name."""
+        RequestError 400 for an unknown project, priority or an over-long name, and for terms that make no sense."""
         secret = PREFIX + secrets.token_urlsafe(32)
-        return NewKey(secret, self._add(secret, name, tenant, team, project, priority, models))
+        return NewKey(secret, self._add(secret, name, tenant, team, project, priority, models, terms))
 
     def adopt(self, secret: str, name: str, *, priority: Priority = "high") -> KeyInfo:
         """The given key as one of the default project; the same call again changes nothing. A key that was revoked
@@ -102,17 +107,29 @@ class KeyStore:
         found = self._accounts.key_by_digest(digest(secret, self._pepper))
         if found is not None:
             return _info(found)
-        return self._add(secret, name, "default", "default", "default", priority, ())
+        return self._add(secret, name, "default", "default", "default", priority, (), Terms())
 
     def list(self) -> tuple[KeyInfo, ...]:
         """All keys, the revoked too, oldest first."""
         return tuple(map(_info, self._accounts.all_keys()))
 
+    def set(self, key_id: str, changes: Mapping[str, Any]) -> KeyInfo:
+        """The key with some of its terms changed. RequestError 404 where there is none, 400 for a revoked one and for
+        terms that make no sense."""
+        found = self._accounts.key_by_id(key_id)
+        if found is None:
+            raise _no_key(key_id)
+        if found.disabled:
+            raise RequestError(400, f"The key {key_id!r} was revoked, for good.", param="id", fix="Make another one.")
+        terms = Terms(**{name: changes.get(name, getattr(found, name)) for name in Terms.__struct_fields__})
+        _check_terms(terms, self._clock.wall_s() if "expires_s" in changes else 0.0)
+        return _info(self._accounts.set_terms(key_id, terms) or found)
+
     def revoke(self, key_id: str) -> KeyInfo:
         """Disables a key for good; a second time changes nothing. RequestError 404 where there is none."""
         found = self._accounts.disable(key_id, self._clock.wall_s())
         if found is None:
-            raise RequestError(404, f"There is no key {key_id!r}.", slug="key_not_found", param="id")
+            raise _no_key(key_id)
         return _info(found)
 
     def rows(self) -> tuple[KeyRow, ...]:
@@ -120,9 +137,18 @@ class KeyStore:
         return tuple(_row(key) for key in self._accounts.all_keys() if not key.disabled)
 
     def _add(
-        self, secret: str, name: str, tenant: str, team: str, project: str, priority: str, models: tuple[str, ...]
+        self,
+        secret: str,
+        name: str,
+        tenant: str,
+        team: str,
+        project: str,
+        priority: str,
+        models: tuple[str, ...],
+        terms: Terms,
     ) -> KeyInfo:
         _check(name, priority, (*models, tenant, team, project))
+        _check_terms(terms, self._clock.wall_s())
         key = KeyRecord(
             id="key_" + secrets.token_hex(8),
             digest=digest(secret, self._pepper),
@@ -134,6 +160,7 @@ class KeyStore:
             models=models,
             last_four=secret[-4:],
             created_s=self._clock.wall_s(),
+            **msgspec.structs.asdict(terms),
         )
         if not self._accounts.add(key):
             raise RequestError(
@@ -151,6 +178,23 @@ def _check(name: str, priority: str, names: tuple[str, ...]) -> None:
         raise RequestError(400, "models, tenant, team and project are short printable names.", param="models")
 
 
+def _check_terms(terms: Terms, now_s: float) -> None:
+    for name in ("rpm", "tpm", "concurrency"):
+        value: int | None = getattr(terms, name)
+        if value is not None and not 1 <= value <= MOST:
+            raise RequestError(400, f"{name} is a number from 1 to {MOST}, not {value}.", param=name)
+    unknown = [scope for scope in terms.scopes if scope not in SCOPES]
+    if unknown or len(set(terms.scopes)) < len(terms.scopes):
+        shown = ", ".join(terms.scopes)[:100]
+        raise RequestError(400, f"scopes are of {', '.join(SCOPES)}, each once, not {shown!r}.", param="scopes")
+    if terms.expires_s is not None and not now_s < terms.expires_s < DOOMSDAY_S:
+        raise RequestError(400, "A key expires at a time to come, before the year 10000.", param="expires_wall_s")
+
+
+def _no_key(key_id: str) -> RequestError:
+    return RequestError(404, f"There is no key {key_id!r}.", slug="key_not_found", param="id")
+
+
 def _info(key: KeyRecord) -> KeyInfo:
     shown = {name: getattr(key, name) for name in KeyInfo.__struct_fields__}
     return KeyInfo(**shown)
@@ -165,4 +209,8 @@ def _row(key: KeyRecord) -> KeyRow:
         project=key.project,
         priority=key.priority,
         models=key.models,
+        inside=key.inside,
+        expires_wall_s=key.expires_s,
+        scopes=key.scopes,
+        quotas=quotas("key", key.rpm, key.tpm, key.concurrency),
     )

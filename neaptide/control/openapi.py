@@ -17,6 +17,7 @@ import msgspec
 from neaptide import __version__
 from neaptide.control.admin import OPERATIONS, Operation
 from neaptide.control.inference import HEADERS, SERVICES, OpenAIErrorBody, Service
+from neaptide.control.roles import need_of
 
 REFS = "#/components/schemas/{name}"
 STATIC = Path(__file__).with_name("static")
@@ -67,13 +68,16 @@ def admin_document(base_url: str, language: str = "en") -> Json:
         paths.setdefault(f"/api/v1{op.path}", {})[op.method.lower()] = _admin_operation(op, refs, schemas, language)
     paths["/health"] = {"get": _admin_health(language)}
     kept = {name: schema for name, schema in schemas.items() if name not in queries}
-    return _document(text("admin.title", language), text("admin.about", language), base_url, paths, kept)
+    words = text("admin.title", language), text("admin.about", language), text("bearer.admin", language)
+    return _document(*words, base_url, paths, kept)
 
 
 def _admin_operation(op: Operation, refs: dict[Any, Json], schemas: Json, language: str) -> Json:
     parameters = [_path_parameter(name, language) for name in _placeholders(op.path)]
     parameters += _query_parameters(schemas[op.query.__name__], language)
-    out: Json = {"operationId": op.id, "summary": text(f"op.{op.id}", language), "security": [{"bearer": []}]}
+    need = need_of(op.method, f"/api/v1{op.path}")
+    out: Json = {"operationId": op.id, "summary": text(f"op.{op.id}", language)}
+    out |= {"description": text(f"role.{need.least}", language), "security": [{"bearer": [need.least]}]}
     out |= {"parameters": parameters} if parameters else {}
     if op.body is str:
         content = {"application/yaml": {"schema": {"type": "string"}}}
@@ -81,6 +85,7 @@ def _admin_operation(op: Operation, refs: dict[Any, Json], schemas: Json, langua
     elif op.body is not None:
         out["requestBody"] = {"required": True, "content": {"application/json": {"schema": refs[op.body]}}}
     errors = [400, 401, 403, *([404] if "{" in op.path else []), *([413] if op.body else []), 500]
+    errors += [507] if need.action else []
     ok = {"description": text(f"status.{op.status}", language), "content": _json(refs[op.answer])}
     out["responses"] = {str(op.status): ok, **_errors(errors, refs[ErrorBody], language)}
     return out
@@ -122,7 +127,8 @@ def inference_document(base_url: str, language: str = "en") -> Json:
     paths: Json = {}
     for s in SERVICES:
         paths.setdefault(s.path, {})[s.method.lower()] = _service(s, refs, language)
-    return _document(text("inference.title", language), text("inference.about", language), base_url, paths, schemas)
+    words = text("inference.title", language), text("inference.about", language), text("bearer.inference", language)
+    return _document(*words, base_url, paths, schemas)
 
 
 def _service(s: Service, refs: dict[Any, Json], language: str) -> Json:
@@ -153,8 +159,8 @@ def _service(s: Service, refs: dict[Any, Json], language: str) -> Json:
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
-def _document(title: str, about: str, base_url: str, paths: Json, schemas: Json) -> Json:
-    bearer = {"bearer": {"type": "http", "scheme": "bearer"}}
+def _document(title: str, about: str, secret: str, base_url: str, paths: Json, schemas: Json) -> Json:
+    bearer = {"bearer": {"type": "http", "scheme": "bearer", "description": secret}}
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": __version__, "description": about, "license": {"name": "Apache-2.0"}},

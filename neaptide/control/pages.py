@@ -27,7 +27,10 @@ EXAMPLES: dict[str, Any] = {
     "createCompletion": {"model": "guide", "prompt": "Neaptide is", "max_tokens": 32},
     "tokenize": {"model": "guide", "prompt": "What is TTFT?"},
     "createKey": {"name": "my laptop"},
+    "setKey": {"rpm": 60, "concurrency": 4},
+    "setBudget": {"scope": "tenant:acme", "unit": "money", "amount": 100, "period": "month"},
     "setScale": {"model": "guide", "replicas": 2, "for_s": 7200},
+    "createAdmin": {"role": "viewer", "name": "ann"},
 }
 QUERIES = {
     "apply": "dry_run=1",
@@ -35,9 +38,12 @@ QUERIES = {
     "listUsage": "limit=20",
     "explainScale": "model=guide",
     "clearScale": "model=guide",
+    "removeBudget": "id=tenant:acme:money:month",
     "listShadows": "days=7",
+    "listAudit": "limit=20",
     "down": "grace_s=20",
 }
+PLACES = {"{id}": "KEY_ID", "{admin}": "ADMIN_ID", "{model}": "guide"}
 
 
 class Piece(NamedTuple):
@@ -142,6 +148,7 @@ def _operation(api: str, base: str, path: str, method: str, op: dict[str, Any]) 
         "path": path,
         "summary": op["summary"],
         "open": not op["security"],
+        "role": op.get("description", ""),
         "parameters": [
             {"name": p["name"], "place": p["in"], "type": pieces(p["schema"]), "about": p["description"]}
             for p in op.get("parameters", [])
@@ -156,7 +163,9 @@ def _curl(api: str, base: str, path: str, method: str, op: dict[str, Any]) -> st
     """A command that works as it stands, given the key or the token."""
     name = op["operationId"]
     query = QUERIES.get(name) if api == "admin" else None
-    target = f"{base}{path}{'?' + query if query else ''}".replace("{id}", "KEY_ID").replace("{model}", "guide")
+    target = f"{base}{path}{'?' + query if query else ''}"
+    for place, word in PLACES.items():
+        target = target.replace(place, word)
     parts = ["curl", *([] if method in ("GET", "POST") else ["-X", method]), shlex.quote(target)]
     if op["security"]:
         secret = '"$OPENAI_API_KEY"' if api == "inference" else ADMIN

@@ -12,9 +12,11 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from neaptide.cost.budgets import Period, Unit
 from neaptide.errors import NeaptideError
 from neaptide.types import Choice, Override, Priority, ReplicaState, Scale, Slo, Traits, Usage
 
+Scope = Literal["inference", "models", "tokenize"]
 GroupBy = Literal["model", "key", "tenant", "project", "day", "outcome"]
 
 
@@ -123,6 +125,16 @@ class DiskStatus(Answer, frozen=True):
     used_by: str = "state"  # state | journal | log
 
 
+class CertificateStatus(Answer, frozen=True):
+    """A certificate that is served with."""
+
+    listener: str  # "admin", or the gateway's id
+    subject: str
+    not_after_wall_s: float
+    days_left: float  # below zero: it has expired
+    refused: str = ""  # why what lies in its files now is not in force
+
+
 class Status(Answer, frozen=True):
     version: str
     ready: bool  # every deployment that should have a ready replica has one, a gateway is connected
@@ -139,6 +151,7 @@ class Status(Answer, frozen=True):
     gateways: tuple[GatewayStatus, ...] = ()
     ledger: LedgerStatus | None = None
     disks: tuple[DiskStatus, ...] = ()
+    certificates: tuple[CertificateStatus, ...] = ()  # of listeners with TLS
 
 
 # --- apply, config, decisions -----------------------------------------------------------------------------------------
@@ -268,8 +281,14 @@ class KeyInfo(Answer, frozen=True):
     project: str = ""
     priority: Priority = "normal"
     models: tuple[str, ...] = ()  # empty: all
+    inside: bool = False  # as it was made; its tenant may say the same of all its keys
     created_wall_s: float = 0.0
     disabled: bool = False
+    expires_wall_s: float | None = None  # None: never
+    scopes: tuple[Scope, ...] = ()  # empty: all
+    rpm: int | None = None  # None: no limit
+    tpm: int | None = None
+    concurrency: int | None = None
 
 
 class NewKey(Ask, frozen=True):
@@ -278,6 +297,23 @@ class NewKey(Ask, frozen=True):
     project: str = ""
     priority: Priority = "normal"  # the highest class it may ask for
     models: tuple[str, ...] = ()
+    inside: bool = False  # its requests never go to a replica that is outside
+    expires_wall_s: float | None = None
+    scopes: tuple[Scope, ...] = ()
+    rpm: int | None = None
+    tpm: int | None = None
+    concurrency: int | None = None
+
+
+class KeyChange(Ask, frozen=True):
+    """What it does not name stays; null takes a limit or the expiry away."""
+
+    expires_wall_s: float | msgspec.UnsetType | None = msgspec.UNSET
+    inside: bool | msgspec.UnsetType = msgspec.UNSET
+    scopes: tuple[Scope, ...] | msgspec.UnsetType = msgspec.UNSET
+    rpm: int | msgspec.UnsetType | None = msgspec.UNSET
+    tpm: int | msgspec.UnsetType | None = msgspec.UNSET
+    concurrency: int | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class CreatedKey(Answer, frozen=True):
@@ -287,6 +323,35 @@ class CreatedKey(Answer, frozen=True):
 
 class Keys(Answer, frozen=True):
     rows: tuple[KeyInfo, ...]
+
+
+class BudgetRow(Answer, frozen=True):
+    """A budget in its period of now. Amounts are nano-units of the currency, or tokens, by `unit`."""
+
+    id: str  # SCOPE:UNIT:PERIOD
+    name: str  # SCOPE:UNIT:2026-11, as errors and usage rows tell it
+    scope: str  # key:ID | project:TENANT/NAME | tenant:NAME | all
+    unit: Unit
+    period: Period
+    amount: int
+    strict: bool = False  # requests reserve all of their max_tokens
+    spent: int = 0
+    lent: int = 0  # of what is left, in the hands of gateways
+    left: int = 0
+    renews_wall_s: float | None = None  # None: never
+
+
+class Budgets(Answer, frozen=True):
+    currency: str
+    rows: tuple[BudgetRow, ...]  # by scope
+
+
+class NewBudget(Ask, frozen=True):
+    scope: str
+    unit: Unit
+    amount: int | float  # of the currency, or tokens
+    period: Period = "month"
+    strict: bool = False
 
 
 class Models(Answer, frozen=True):
@@ -390,8 +455,19 @@ class ControlPort(Protocol):
 
     async def create_key(self, new: NewKey) -> CreatedKey: ...
 
+    async def set_key(self, key_id: str, change: KeyChange) -> KeyInfo:
+        """The key as it stands after; gateways hold it to that once their table has it. NotFoundError."""
+
     async def revoke_key(self, key_id: str) -> KeyInfo:
         """The key as it stands after: disabled, and refused by every gateway once its table has it. NotFoundError."""
+
+    async def budgets(self) -> Budgets: ...
+
+    async def set_budget(self, new: NewBudget) -> BudgetRow:
+        """A new one, or another amount of one that there is. RequestError 400 for what cannot be one."""
+
+    async def remove_budget(self, budget_id: str) -> BudgetRow:
+        """As it stood; nobody is stopped by it any more. NotFoundError."""
 
     async def usage(self, where: UsageFilter, cursor: str | None, limit: int) -> UsagePage:
         """`cursor` is a `UsagePage.next`; ConfigError-like NeaptideError with status 400 when it is not."""

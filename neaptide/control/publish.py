@@ -7,14 +7,18 @@ import hmac
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from neaptide.clock import mono_s
 from neaptide.link import (
+    ASK,
     FETCH,
     GAUGES,
     HELLO,
+    LEASES,
+    RETURN,
     TABLE,
     VERSION,
     FrameReader,
@@ -24,7 +28,7 @@ from neaptide.link import (
     private_umask,
     short_path,
 )
-from neaptide.table import Fast, Gauges, Slow, Table, difference, parts, whole
+from neaptide.table import Fast, Gauges, Held, Slow, Table, difference, parts, whole
 
 
 class Gateway:
@@ -33,16 +37,28 @@ class Gateway:
     def __init__(self, hello: Hello, writer: asyncio.StreamWriter) -> None:
         self.id, self.epoch, self.pid = hello.name, hello.epoch, hello.pid
         self.writer = writer
+        self.journal = f"{hello.name}-{hello.epoch}"  # its run's own name
+        self.leases: dict[str, Held] = {}  # as far as it has told them
         self.held: Table | None = None  # what we last sent
         self.gauges: Gauges | None = None
         self.heard_s = mono_s()
 
 
+class Budgets(Protocol):
+    """What hears gateways' frames of budgets."""
+
+    def hear(self, gateway: Gateway, kind: int, payload: bytes) -> None:
+        """LinkError or ValueError for what is no such frame."""
+
+    def left(self, gateway: Gateway) -> None:
+        """This connection is over; there may be another one of the same gateway already."""
+
+
 class Publisher:
     """Holds the table in force; `replace` sends everyone what changed. `on_gauges(gateway)` runs on each report."""
 
-    def __init__(self, token: str, on_gauges: Callable[[Gateway], None]) -> None:
-        self._token, self._on_gauges = token, on_gauges
+    def __init__(self, token: str, on_gauges: Callable[[Gateway], None], budgets: Budgets | None = None) -> None:
+        self._token, self._on_gauges, self._budgets = token, on_gauges, budgets
         self.table = Table()
         self.gateways: dict[str, Gateway] = {}
         self._server: asyncio.AbstractServer | None = None
@@ -95,6 +111,8 @@ class Publisher:
         finally:
             if gateway is not None and self.gateways.get(gateway.id) is gateway:
                 del self.gateways[gateway.id]
+            if gateway is not None and self._budgets is not None:
+                self._budgets.left(gateway)
             writer.close()
 
     def _take(self, kind: int, payload: bytes, gateway: Gateway | None, writer: asyncio.StreamWriter) -> Gateway | None:
@@ -107,6 +125,8 @@ class Publisher:
             gateway.gauges = msgspec.json.decode(payload, type=Gauges)
             gateway.heard_s = mono_s()
             self._on_gauges(gateway)
+        elif kind in (LEASES, ASK, RETURN) and self._budgets is not None:
+            self._budgets.hear(gateway, kind, payload)
         else:
             raise LinkError(f"a gateway sends no frame of type {kind}")
         return gateway

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from neaptide.clock import wall_s
 from neaptide.control import keep
-from neaptide.control.admin import AdminError
+from neaptide.control.guard import AdminError
 from neaptide.control.keep import Kept, Wants
 from neaptide.control.port import (
     ChoiceRow,

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 from msgspec.structs import replace
 
-from neaptide.config import span_s
 from neaptide.control.forecast import Expected
 from neaptide.control.memory import Memory, pack, state_of, unpack
 from neaptide.control.peers.table import PEERS
@@ -26,6 +25,7 @@ from neaptide.control.policy import Policy, State
 from neaptide.control.reasons import reason
 from neaptide.control.slo import HELD, Slo
 from neaptide.control.thresholds import SeenLive, Thresholds
+from neaptide.elastic import span_s
 from neaptide.types import Deployment, Load, Override, Reason, Scale, Traits
 
 TICK_S = 1.0  # the loop's beat: what a policy is told a tick is

@@ -59,7 +59,7 @@ class Loan:
 
 
 class Fund:
-    """One budget; `spent` of its period. A loan's counts run over all periods."""
+    """One budget of one period: another period is another budget, of another name."""
 
     __slots__ = ("amount", "loans", "spent")
 
@@ -113,17 +113,12 @@ class Treasury:
 
     def amend(self, budget: str, amount: int, now: float) -> list[Message]:
         """A budget is new, or its amount is another one; what was spent stays."""
-        fund = self.funds.setdefault(budget, Fund(ENDLESS))
-        if fund.amount == ENDLESS:
-            fund.spent = 0
-        fund.amount = amount
+        self.funds.setdefault(budget, Fund(ENDLESS)).amount = amount
         return self._serve(now)
 
-    def turned(self, budget: str, now: float) -> list[Message]:
-        """Its period begins again. What is lent goes on."""
-        if (fund := self.funds.get(budget)) is not None:
-            fund.spent = 0
-        return self._serve(now)
+    def forget(self, budget: str) -> None:
+        """Its period has ended long ago."""
+        self.funds.pop(budget, None)
 
     def spent(self, budget: str, gateway: str, amount: int) -> None:
         """A row of this gateway has been taken into the ledger."""

@@ -10,7 +10,18 @@ from neaptide.cost import schema
 from neaptide.cost.database import Database
 
 
-class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """Until when a key is good, for what, and for how much; the columns of these names. None: without end or limit."""
+
+    expires_s: float | None = None  # wall time
+    inside: bool = False  # its requests never go to a replica that is outside
+    scopes: tuple[str, ...] = ()  # empty: all
+    rpm: int | None = None
+    tpm: int | None = None
+    concurrency: int | None = None
+
+
+class KeyRecord(Terms, frozen=True, kw_only=True):
     """A row of the table keys."""
 
     id: str
@@ -51,6 +62,7 @@ class Accounts:
             "disabled": False,
             "last_four": key.last_four,
             "created_s": key.created_s,
+            **_columns(key),
         }
         with self._database.write() as connection:
             if self._place(connection, key) != key.team:
@@ -92,7 +104,17 @@ class Accounts:
                 .where(column.id == key_id, column.disabled.is_(False))
                 .values(disabled=True, disabled_s=now_s)
             )
-        found = self._keys(column.id == key_id)
+        return self.key_by_id(key_id)
+
+    def set_terms(self, key_id: str, terms: Terms) -> KeyRecord | None:
+        """The key with these terms instead of its own; None where there is none."""
+        column = schema.keys.c
+        with self._database.write() as connection:
+            connection.execute(schema.keys.update().where(column.id == key_id).values(**_columns(terms)))
+        return self.key_by_id(key_id)
+
+    def key_by_id(self, key_id: str) -> KeyRecord | None:
+        found = self._keys(schema.keys.c.id == key_id)
         return found[0] if found else None
 
     def fact(self, name: str, value: str) -> str:
@@ -119,7 +141,18 @@ def _record(row: sa.Row[tuple[object, ...]]) -> KeyRecord:
         project=fields["project_id"],
         priority=fields["priority"],
         models=tuple(msgspec.json.decode(fields["models"], type=list[str])),
+        inside=fields["inside"],
         last_four=fields["last_four"],
         created_s=fields["created_s"],
         disabled_s=fields["disabled_s"],
+        expires_s=fields["expires_s"],
+        scopes=tuple(msgspec.json.decode(fields["scopes"], type=list[str])),
+        rpm=fields["rpm"],
+        tpm=fields["tpm"],
+        concurrency=fields["concurrency"],
     )
+
+
+def _columns(terms: Terms) -> dict[str, object]:
+    found: dict[str, object] = {name: getattr(terms, name) for name in Terms.__struct_fields__}
+    return {**found, "scopes": msgspec.json.encode(terms.scopes).decode()}

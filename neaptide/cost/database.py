@@ -53,11 +53,25 @@ class Database:
 
     def add_up(self, connection: sa.Connection, table: sa.Table, rows: Sequence[dict[str, Any]]) -> None:
         """Adds the other columns to those of the row with the same primary key, which is made if absent."""
+        self.merge(connection, table, rows, add=[c.name for c in table.columns if not c.primary_key])
+
+    def merge(
+        self,
+        connection: sa.Connection,
+        table: sa.Table,
+        rows: Sequence[dict[str, Any]],
+        *,
+        add: Sequence[str] = (),
+        put: Sequence[str] = (),
+    ) -> None:
+        """Makes rows; where one with the same primary key is there, adds to its columns `add` and sets its columns
+        `put`, and the others stay as they are."""
         if rows:
             statement = self._insert(table)
-            sums = {c.name: c + statement.excluded[c.name] for c in table.columns if not c.primary_key}
+            changes = {name: table.c[name] + statement.excluded[name] for name in add}
+            changes |= {name: statement.excluded[name] for name in put}
             keys = list(table.primary_key.columns)
-            connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=sums), rows)
+            connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=changes), rows)
 
     def among(self, column: sa.Column[str], values: Sequence[str]) -> sa.ColumnElement[bool]:
         """`column IN values` as one statement whatever their number: SQLite's driver keeps the last 128 statements, and

@@ -97,6 +97,10 @@ class Intake:
         begins = self._ledger.open_begins(journal)
         return self._ledger.close_begins(journal, [lost(b, tally.get(b.request_id)) for b in begins])
 
+    def is_closed(self, journal: str) -> bool:
+        """Its gateway is dead, all that it wrote is taken, and nothing that it began is open."""
+        return self._is_over(journal) and not self._ledger.open_begins(journal)
+
     def remove_taken(self, retention_days: float) -> int:
         """Deletes segments that are taken and were last written longer ago; a dead journal's directory goes with its
         last one. How many segments."""
@@ -170,7 +174,8 @@ class Intake:
 
 
 def lost(begin: Begin, tally: TallyRow | None) -> Usage:
-    """The row of a request whose gateway died: what was known at dispatch, and what its replica counted."""
+    """The row of a request whose gateway died: what was known at dispatch, and what its replica counted. It is not
+    charged, so it pays nothing: what it had reserved is free again with the rest of its gateway's lease."""
     counted = tally or TallyRow(done=False)
     return Usage(
         request_id=begin.request_id,

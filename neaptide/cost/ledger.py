@@ -6,7 +6,7 @@ The journal's position stands in the same transaction as its rows: whatever is r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import msgspec
 import sqlalchemy as sa
 
 from neaptide.clock import Clock
-from neaptide.cost import migrate, report, schema
+from neaptide.cost import leases, migrate, report, schema
 from neaptide.cost.database import Database, connect
 from neaptide.cost.meter import charge
 from neaptide.cost.prices import PriceBook, PriceList, Rate
@@ -44,10 +44,13 @@ class Taken(NamedTuple):
 
 
 class Ledger:
-    """Open with open_ledger(). Every method raises StorageError when the database fails; nothing is half done then."""
+    """Open with open_ledger(). Every method raises StorageError when the database fails; nothing is half done then.
+
+    `on_paid(journal, by budget)`: once what a batch's requests paid from budgets is in the database."""
 
     def __init__(self, database: Database, clock: Clock) -> None:
         self.database, self._clock = database, clock
+        self.on_paid: Callable[[str, Mapping[str, int]], None] | None = None
         self.prices = PriceBook(())
         with database.read() as connection:
             self.prices = _price_book(connection)
@@ -66,6 +69,7 @@ class Ledger:
             fresh = [r.value for r in records if segment > at.segment or r.end > at.offset]
             begins, ends, closed = _paired(fresh)
             added = self._add(connection, ends)
+            paid = leases.spend(self.database, connection, journal, added)
             self._forget_begins(connection, journal, closed)
             self.database.insert_new(connection, schema.open_begins, [_begin_row(journal, b) for b in begins])
             connection.execute(
@@ -73,7 +77,9 @@ class Ledger:
                 .where(schema.journal_offsets.c.journal == journal)
                 .values(segment=segment, offset=offset, updated_s=self._clock.wall_s())
             )
-        return Taken(added, len(begins))
+        if paid and self.on_paid is not None:
+            self.on_paid(journal, paid)
+        return Taken(len(added), len(begins))
 
     def position(self, journal: str) -> Position:
         """Where to go on reading; (0, 0) for a journal never seen."""
@@ -103,17 +109,17 @@ class Ledger:
             ends = [u for i, u in given.items() if i in still]
             added = self._add(connection, ends)
             self._forget_begins(connection, journal, [u.request_id for u in ends])
-        return added
+        return len(added)
 
-    def _add(self, connection: sa.Connection, usages: Sequence[Usage]) -> int:
-        """Rows, charges and hourly sums of what is not there yet."""
+    def _add(self, connection: sa.Connection, usages: Sequence[Usage]) -> Collection[Usage]:
+        """Rows, charges and hourly sums of what is not there yet; which these are."""
         unique = {u.request_id: u for u in map(sound, reversed(usages))}  # the first of equals stands
         known = self.database.among(schema.usage.c.request_id, list(unique))
         for request_id in connection.scalars(sa.select(schema.usage.c.request_id).where(known)):
             del unique[request_id]
         rows, charges = [], []
         for usage in reversed(unique.values()):
-            prices = self.prices.at(usage.started_wall_s)
+            prices = self.prices.of(usage.price_version, usage.started_wall_s)
             rows.append(usage_row(usage, prices.version))
             if charged := charge(usage, prices):
                 charges.append(msgspec.structs.asdict(charged))
@@ -121,7 +127,7 @@ class Ledger:
         self.database.insert_new(connection, schema.charges, charges)
         amounts = {c["request_id"]: c["amount_nanos"] for c in charges}
         self.database.add_up(connection, schema.hourly, hourly_rows(rows, amounts))
-        return len(rows)
+        return unique.values()
 
     def _locked_position(self, connection: sa.Connection, journal: str) -> Position:
         at = _position(connection, journal, lock=True)

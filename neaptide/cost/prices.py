@@ -9,21 +9,14 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import NamedTuple
 
-import msgspec
-
 from neaptide.config import Price
 from neaptide.errors import ConfigError
+from neaptide.types import Rate
 
 NANOS = 10**9
 MAX_NANOS = 10**15  # a million of the currency per 10^6 tokens
 
-
-class Rate(msgspec.Struct, frozen=True):
-    """Nano-units per 10^6 tokens."""
-
-    prompt_nanos: int
-    cached_nanos: int
-    output_nanos: int
+__all__ = ["NO_PRICES", "PriceBook", "PriceList", "Rate", "nanos", "rates"]
 
 
 class PriceList(NamedTuple):
@@ -39,7 +32,7 @@ NO_PRICES = PriceList(0, 0.0, "", {})
 
 
 class PriceBook:
-    """All versions. Which one applies depends on a request's start alone, so reading a journal again charges the
+    """All versions. Which one applies depends on a request's row alone, so reading a journal again charges the
     same."""
 
     def __init__(self, lists: Sequence[PriceList]) -> None:
@@ -48,6 +41,14 @@ class PriceBook:
     @property
     def latest(self) -> PriceList:
         return self._newest_first[0] if self._newest_first else NO_PRICES
+
+    def of(self, version: int, wall_s: float) -> PriceList:
+        """The list of that version; the one in force at that time where the version is 0, or not known."""
+        if version:
+            for prices in self._newest_first:
+                if prices.version == version:
+                    return prices
+        return self.at(wall_s)
 
     def at(self, wall_s: float) -> PriceList:
         """The list in force at that time; NO_PRICES before the first."""
@@ -71,14 +72,19 @@ def _rate(model: str, price: Price) -> Rate:
     )
 
 
-def _nanos(value: float | str, key: str) -> int:
-    """`repr` of a float is the decimal that was written in the file; the float itself is only near it."""
+def nanos(value: float | str) -> int | None:
+    """Exactly, in nano-units; None for what is negative, finer than that, or no number. `repr` of a float is the
+    decimal that was written in the file; the float itself is only near it."""
     try:
-        nanos = Decimal(value if isinstance(value, str) else repr(value)) * NANOS
-        exact = int(nanos) if nanos.is_finite() and nanos == nanos.to_integral_value() else None
+        exact = Decimal(value if isinstance(value, str) else repr(value)) * NANOS
     except InvalidOperation:
-        exact = None
-    if exact is None or not 0 <= exact <= MAX_NANOS:
+        return None
+    return int(exact) if exact.is_finite() and exact >= 0 and exact == exact.to_integral_value() else None
+
+
+def _nanos(value: float | str, key: str) -> int:
+    exact = nanos(value)
+    if exact is None or exact > MAX_NANOS:
         raise ConfigError(
             f"{key}: {value} is not a price",
             why="per 10^6 tokens, from 0 to 10^6, with at most nine decimals",

@@ -8,14 +8,19 @@ from typing import Any
 
 import msgspec
 
-from neaptide.types import Attempt, Usage
+from neaptide.cost.rate import MAX_TOKENS, MILLIS
+from neaptide.types import Attempt, Paid, Usage
 
-MAX_TOKENS = 10**9  # of one request; a replica of somebody else's may report anything, and the sums must stay in int64
 MAX_INT = 2**31 - 1  # statuses
 MAX_BIG = 2**63 - 1
 TEXTS = tuple(f.name for f in msgspec.structs.fields(Usage) if isinstance(f.default, str) or f.name == "request_id")
 TOKENS = ("prompt_tokens", "cached_tokens", "reasoning_tokens", "output_tokens")
-LIMITS = ((TOKENS, MAX_TOKENS), (("prompt_bytes", "max_tokens"), MAX_BIG), (("status",), MAX_INT))
+LIMITS = (
+    (TOKENS, MAX_TOKENS),
+    (("prompt_bytes", "max_tokens"), MAX_BIG),
+    (("status",), MAX_INT),
+    (("price_millis",), MILLIS),
+)
 HOUR_S = 3600
 MAX_WALL_S = 253_402_300_800  # the year 10000
 HOURLY_KEYS = ("hour", "tenant", "project", "key", "model", "outcome")
@@ -25,6 +30,7 @@ SUMS = ("requests", *TOKENS, "amount_nanos")
 MODEL_KNOWN = (429, 503, 507)
 
 _attempts = msgspec.json.Decoder(tuple[Attempt, ...])
+_paid = msgspec.json.Decoder(tuple[Paid, ...])
 
 
 def sound(usage: Usage) -> Usage:
@@ -49,14 +55,15 @@ def usage_row(usage: Usage, price_version: int) -> dict[str, Any]:
     """The columns of a sound() Usage."""
     row = msgspec.structs.asdict(usage)
     row["attempts"] = msgspec.json.encode(usage.attempts).decode()
+    row["paid"] = msgspec.json.encode(usage.paid).decode()
     row["price_version"] = price_version
     return row
 
 
 def usage_of(row: Mapping[str, Any]) -> Usage:
     """The Usage of a row of the usage table."""
-    fields = {name: row[name] for name in Usage.__struct_fields__ if name != "attempts"}
-    return Usage(**fields, attempts=_attempts.decode(row["attempts"]))
+    fields = {name: row[name] for name in Usage.__struct_fields__ if name not in ("attempts", "paid")}
+    return Usage(**fields, attempts=_attempts.decode(row["attempts"]), paid=_paid.decode(row["paid"]))
 
 
 def hour_of(wall_s: float) -> int:

@@ -18,6 +18,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    false,
     text,
 )
 
@@ -70,10 +71,16 @@ keys = Table(
     Column("project_id", Text, nullable=False),
     Column("priority", Text, nullable=False),  # highest class it may ask for
     Column("models", Text, nullable=False),  # JSON list; empty: all
+    Column("inside", Boolean, nullable=False, server_default=false()),  # never to a replica that is outside
     Column("disabled", Boolean, nullable=False),
     Column("last_four", Text, nullable=False),  # for display
     Column("created_s", Double, nullable=False),
     Column("disabled_s", Double),
+    Column("expires_s", Double),  # NULL: never
+    Column("scopes", Text, nullable=False, server_default="[]"),  # JSON list; empty: all
+    Column("rpm", BigInteger),  # NULL: no limit; so the two below
+    Column("tpm", BigInteger),
+    Column("concurrency", BigInteger),
     ForeignKeyConstraint(["organisation_id", "team_id"], ["teams.organisation_id", "teams.id"]),
     ForeignKeyConstraint(["organisation_id", "project_id"], ["projects.organisation_id", "projects.id"]),
 )
@@ -111,8 +118,11 @@ usage = Table(
     Column("finish", Text, nullable=False),
     Column("error", Text, nullable=False),
     Column("degraded", Text, nullable=False),
+    Column("cache", Text, nullable=False, server_default=""),
+    Column("price_millis", Integer, nullable=False, server_default="1000"),
     Column("attempts", Text, nullable=False),  # JSON list of {replica, tokens}
     Column("price_version", Integer, nullable=False),
+    Column("paid", Text, nullable=False, server_default="[]"),  # JSON list of [budget, reserved, cost]
 )
 
 # Pages are in the order of the start; a rare key or the few failures are found without walking through all rows.
@@ -173,6 +183,32 @@ open_begins = Table(
     Column("journal", Text, primary_key=True),
     Column("request_id", Text, primary_key=True),
     Column("begin", Text, nullable=False),  # the record's JSON
+    sqlite_with_rowid=False,
+)
+
+budgets = Table(
+    "budgets",
+    metadata,
+    Column("scope", Text, primary_key=True),  # key:ID | project:TENANT/NAME | tenant:NAME | all
+    Column("unit", Text, primary_key=True),  # money | tokens
+    Column("period", Text, primary_key=True),  # day | month | total
+    Column("amount", BigInteger, nullable=False),  # nano-units or tokens, each period
+    Column("strict", Boolean, nullable=False),
+    Column("created_s", Double, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# By a budget's name, which says the period. What dead gateways have spent is one row, of no gateway. `spent` is added
+# to in the transaction that takes the rows which say so, and by nobody else.
+leases = Table(
+    "leases",
+    metadata,
+    Column("budget", Text, primary_key=True),
+    Column("gateway", Text, primary_key=True),  # <gateway>-<epoch>, as its journal
+    Column("granted", BigInteger, nullable=False),
+    Column("returned", BigInteger, nullable=False),
+    Column("spent", BigInteger, nullable=False),
+    Column("renews_s", Double, nullable=False),  # when the period ends; 0: never
     sqlite_with_rowid=False,
 )
 

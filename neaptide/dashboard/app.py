@@ -1,7 +1,7 @@
 """The dashboard's routes on the admin listener: the page at /, its files and its own calls below /ui/.
 
 What stands below /ui/ serves the page alone and may change with it; scripts use /api/v1. `Dashboard` is the Front that
-the admin app lets in: it vouches for requests of its sessions beside the bearer token.
+the admin app lets in: it tells whose session a request is of, where it carries no bearer token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Scope
 
 from neaptide.clock import Clock, RealClock
-from neaptide.control.admin import AdminError, answer
+from neaptide.control.chain import Note
+from neaptide.control.guard import WHO, AdminError, answer
+from neaptide.control.roles import Role, Who, may
 from neaptide.dashboard import play
 from neaptide.dashboard.feed import Feed
 from neaptide.dashboard.pages import UI, File, files, policy
@@ -40,6 +42,7 @@ class TicketAsk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of POST /ui/ticket; none is an empty one."""
 
     by: Annotated[str, msgspec.Meta(max_length=64)] = ""  # who asks for the link
+    role: Role | None = None  # of its session; None: that of the token
 
 
 class Dashboard:
@@ -73,17 +76,19 @@ class Dashboard:
 
     # -- the way in ----------------------------------------------------------------------------------------------
 
-    def admits(self, scope: Scope) -> bool:
-        """The page's files are open; the rest wants a session's cookie from our own pages, and its token to change
-        something. A ticket is made with the bearer token alone."""
-        path, headers = scope["path"], dict(scope["headers"])
-        if path in self._open and scope["method"] in SAFE:
-            return True
+    def is_open(self, scope: Scope) -> bool:
+        """The page's files. The page itself asks for a session."""
+        return scope["path"] in self._open and scope["method"] in SAFE
+
+    def who(self, scope: Scope) -> Who | None:
+        """Whose session's cookie this is, from our own pages alone; with its token to change something. A ticket is
+        made with a bearer token alone."""
+        headers = dict(scope["headers"])
         session = self._session(headers.get(b"cookie", b"").decode("latin-1"))
-        if path == "/ui/ticket" or session is None or not _same_origin(headers):
-            return False
+        if scope["path"] == "/ui/ticket" or session is None or not _same_origin(headers):
+            return None
         token = headers.get(HEADER.encode(), b"").decode("latin-1")
-        return scope["method"] in SAFE or matches(session, token)
+        return session.who if scope["method"] in SAFE or matches(session, token) else None
 
     def _session(self, header: str) -> Session | None:
         return self.sessions.find(_cookie(header, self._cookie))
@@ -91,12 +96,17 @@ class Dashboard:
     async def page(self, request: Request) -> Response:
         """The page for a session or a fresh ticket; else how to get one. The ticket is answered with the page itself
         and not with a redirect: a browser would not send the strict cookie along after a link from elsewhere."""
-        if ticket := request.query_params.get("ticket"):
-            cookie = self.sessions.redeem(ticket)
-            if cookie is not None:
-                flags = f"Path=/; HttpOnly; SameSite=Strict; Max-Age={SESSION_S:.0f}"
-                return self._paint({"set-cookie": f"{self._cookie}={cookie}; {flags}"})
+        ticket = request.query_params.get("ticket")
+        cookie = self.sessions.redeem(ticket) if ticket else None
+        if cookie is not None and (fresh := self.sessions.find(cookie)) is not None:
+            request.scope[WHO] = fresh.who
+            request.state.note = Note(fresh.by, after=fresh.who.role or "")
+            flags = f"Path=/; HttpOnly; SameSite=Strict; Max-Age={SESSION_S:.0f}"
+            flags += "; Secure" if self._source.admin_url.startswith("https:") else ""
+            return self._paint({"set-cookie": f"{self._cookie}={cookie}; {flags}"})
         if self._session(request.headers.get("cookie", "")) is None:
+            if ticket:
+                request.state.note = Note()  # a sign-in that was refused is recorded
             return Response(self._door.content, 401, {"content-type": self._door.type, "cache-control": "no-store"})
         return self._paint({})
 
@@ -105,19 +115,26 @@ class Dashboard:
         return Response(self._page.content, headers={**told, **headers})
 
     async def ticket(self, request: Request) -> Response:
-        """A new one-time link; the bearer token is its price."""
+        """A new one-time link; a bearer token is its price."""
         try:
             asked = msgspec.json.decode(await request.body() or b"{}", type=TicketAsk)
         except msgspec.MsgspecError as e:
             raise AdminError(400, "E605", f"the body is not valid: {e}", fix='{"by": "your name"}, or none') from e
-        url = f"{self._source.admin_url}?ticket={self.sessions.ticket(asked.by)}"
+        who: Who = request.scope[WHO]
+        role = asked.role or who.role
+        if not may(who.role, role):
+            fix = f"ask for {who.role}, or use a token of that role"
+            raise AdminError(403, "E620", f"a link of the role {role} needs a token of it", fix=fix)
+        request.state.note = Note(asked.by, after=role or "")
+        ticket = self.sessions.ticket(asked.by, who._replace(role=role, via="link"))
+        url = f"{self._source.admin_url}?ticket={ticket}"
         return answer({"url": url, "valid_s": TICKET_S}, 201)
 
     async def session(self, request: Request) -> Response:
         """What only the session's own page may know."""
         session = self._session(request.headers.get("cookie", ""))
-        token, by = (session.token, session.by) if session else ("", "")
-        return answer({"token": token, "header": HEADER, "by": by, "chips": chips()})
+        told = {"token": session.token, "by": session.by, "role": session.who.role} if session else {}
+        return answer({"token": "", "by": "", "role": None, **told, "header": HEADER, "chips": chips()})
 
     async def leave(self, request: Request) -> Response:
         self.sessions.end(_cookie(request.headers.get("cookie", ""), self._cookie))
@@ -147,7 +164,10 @@ class Dashboard:
 
     async def play(self, request: Request) -> Response:
         """A chat completion, asked of the gateway with the service's own key and passed on as it comes."""
-        asked = await play.post(self._source.api_url, "/chat/completions", await request.body(), self._source.key())
+        source = self._source
+        asked = await play.post(
+            source.api_url, "/chat/completions", await request.body(), source.key(), source.api_tls()
+        )
         headers = {name: asked.headers[name] for name in PASSED_ON if name in asked.headers}
         return StreamingResponse(asked.pieces(), asked.status, headers)
 

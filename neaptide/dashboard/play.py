@@ -7,6 +7,7 @@ then aborts the request.
 from __future__ import annotations
 
 import asyncio
+import ssl
 import urllib.parse
 from collections.abc import AsyncIterator
 
@@ -74,10 +75,10 @@ class Answer:
         self._writer.close()
 
 
-async def post(api_url: str, path: str, body: bytes, key: str) -> Answer:
-    """POST {api_url}{path} as JSON. UnreachableError E404 when no gateway answers."""
+async def post(api_url: str, path: str, body: bytes, key: str, tls: ssl.SSLContext | None = None) -> Answer:
+    """POST {api_url}{path} as JSON; `tls` for https. UnreachableError E404 when no gateway answers."""
     url = urllib.parse.urlsplit(api_url)
-    connecting = asyncio.open_connection(url.hostname, url.port)
+    connecting = asyncio.open_connection(url.hostname, url.port, ssl=tls)
     try:
         reader, writer = await asyncio.wait_for(connecting, CONNECT_S)
     except (OSError, TimeoutError) as e:

@@ -15,6 +15,7 @@ from collections import OrderedDict
 import msgspec
 
 from neaptide.clock import Clock
+from neaptide.control.roles import NOBODY, Who
 
 TICKET_S = 600.0
 SESSION_S = 12 * 3600.0
@@ -26,11 +27,13 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     token: str  # for the header of calls that change something
     until_s: float  # monotonic
     by: str = ""  # who asked for the link; told with what is set by hand
+    who: Who = NOBODY  # whose token the link was made with, and the role that the session has
 
 
 class Ticket(msgspec.Struct, frozen=True):
     until_s: float  # monotonic
     by: str
+    who: Who
 
 
 class Sessions:
@@ -41,10 +44,10 @@ class Sessions:
         self._tickets: OrderedDict[bytes, Ticket] = OrderedDict()  # by digest
         self._sessions: OrderedDict[bytes, Session] = OrderedDict()
 
-    def ticket(self, by: str = "") -> str:
-        """A new ticket, good once within TICKET_S."""
+    def ticket(self, by: str = "", who: Who = NOBODY) -> str:
+        """A new ticket, good once within TICKET_S. Its session may do what `who` may: nothing unless told."""
         value = secrets.token_urlsafe(32)
-        self._tickets[_digest(value)] = Ticket(self._clock.mono_s() + TICKET_S, by)
+        self._tickets[_digest(value)] = Ticket(self._clock.mono_s() + TICKET_S, by, who)
         while len(self._tickets) > MAX_TICKETS:
             self._tickets.popitem(last=False)
         return value
@@ -55,7 +58,7 @@ class Sessions:
         if used is None or used.until_s <= now_s:
             return None
         cookie, token = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
-        self._sessions[_digest(cookie)] = Session(token=token, until_s=now_s + SESSION_S, by=used.by)
+        self._sessions[_digest(cookie)] = Session(token=token, until_s=now_s + SESSION_S, by=used.by, who=used.who)
         while len(self._sessions) > MAX_SESSIONS:
             self._sessions.popitem(last=False)
         return cookie

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -11,6 +12,7 @@ from neaptide.clock import mono_s, wall_s
 from neaptide.control.port import UsageFilter, UsageRow
 from neaptide.dashboard.live import NAN, Fleet
 from neaptide.table import Gauges
+from neaptide.tls.context import ANY_TIME, first_pem, pinned
 from neaptide.types import Deployment, Override, Plan, Replica, Slo, Traits
 
 if TYPE_CHECKING:
@@ -72,6 +74,9 @@ class Source(Protocol):
     def key(self) -> str:
         """The API key that the playground uses."""
 
+    def api_tls(self) -> ssl.SSLContext | None:
+        """How to speak to the inference API where that is https; NeaptideError when nothing is known of it."""
+
     def look(self) -> Look: ...
 
     async def newest(self, since_wall_s: float, limit: int) -> tuple[UsageRow, ...]:
@@ -93,6 +98,11 @@ class ControlSource:
     def key(self) -> str:
         state = self._control.state
         return state.secret(state.key)
+
+    def api_tls(self) -> ssl.SSLContext | None:
+        if not self.api_url.startswith("https:"):
+            return None
+        return pinned(first_pem(str(self._control.state.api_leaf)), ANY_TIME)
 
     async def newest(self, since_wall_s: float, limit: int) -> tuple[UsageRow, ...]:
         return (await self._control.usage(UsageFilter(since_s=since_wall_s), None, limit)).rows

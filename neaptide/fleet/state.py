@@ -1,8 +1,9 @@
 """The state directory: where everything that outlives a process stands. 0700; secrets 0600.
 
-run/         sockets, lock, up.json          journal/   one directory a gateway process
+run/         sockets, lock, up.json, *.crt   journal/   one directory a gateway process
 ledger.db    usage, charges, keys            log/       access, decisions, one file a process
 config.json  the configuration in force      cache/     calibrations, downloads
+audit/       who changed what                admins.json  admin tokens, as hashes
 key, admin-token, pepper, epoch
 """
 
@@ -28,7 +29,9 @@ class StateDir:
         self.log, self.cache = self.root / "log", self.root / "cache"
         self.supervisor_sock, self.control_sock = self.run / "supervisor.sock", self.run / "control.sock"
         self.up_json, self.config_json = self.run / "up.json", self.root / "config.json"
+        self.api_leaf, self.admin_leaf = self.run / "api.crt", self.run / "admin.crt"  # the certificates in force
         self.key, self.admin_token, self.pepper = self.root / "key", self.root / "admin-token", self.root / "pepper"
+        self.admins, self.audit = self.root / "admins.json", self.root / "audit"
 
     def create(self) -> None:
         try:

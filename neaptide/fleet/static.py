@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from neaptide.config import ModelSettings
+from neaptide.remotes import is_outside
 from neaptide.table import ReplicaRow
 from neaptide.types import Deployment, Launch, Replica
 
@@ -59,10 +60,13 @@ def remote_rows(name: str, model: ModelSettings, revision: str) -> list[ReplicaR
             id=f"{name}@{i}",
             model=name,
             endpoint=remote.url.rstrip("/"),
-            revision=revision,
+            revision=remote.revision or revision,
             token=remote.key,
             remote_model=remote.model if remote.model != name else "",
             max_running=remote.max_running,
+            tls=remote.tls,
+            resumes=remote.resumes,
+            outside=is_outside(remote.url) if remote.outside is None else remote.outside,
         )
         for i, remote in enumerate(model.replicas)
     ]

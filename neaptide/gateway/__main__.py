@@ -12,17 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import uvloop
+from msgspec.structs import replace
 
 from neaptide import __version__, lifeline
-from neaptide.clock import mono_s
+from neaptide.clock import mono_s, wall_s
 from neaptide.errors import RequestError
 from neaptide.gateway.access import AccessLog
+from neaptide.gateway.counters import Counters
 from neaptide.gateway.door import Door
 from neaptide.gateway.follow import Follower
 from neaptide.gateway.metrics import Metrics
 from neaptide.gateway.route import Target
 from neaptide.gateway.routes import Routes
+from neaptide.gateway.secure import Secure
 from neaptide.gateway.server import Server
+from neaptide.gateway.throttle import Throttle
 from neaptide.gateway.upstream import Upstream
 from neaptide.gateway.upstream_http import HttpPool
 from neaptide.gateway.upstream_link import LinkClient
@@ -30,10 +34,14 @@ from neaptide.journal import Journal
 from neaptide.link import Hello
 from neaptide.specs import GatewaySpec
 from neaptide.table import Gauges, ReplicaRow, Table
+from neaptide.tls.listen import TlsListener
+from neaptide.tls.served import POLL_S
+from neaptide.tls.trust import Trust
 
 log = logging.getLogger("neaptide.gateway")
 
 SWEEP_S = 0.1
+LOOK_SWEEPS = round(POLL_S / SWEEP_S)  # between two looks at certificates' files
 BACKLOG = 2048
 SAYING_GOODBYE_S = 0.3  # for the last bytes to leave
 
@@ -52,11 +60,16 @@ class Gateway:
             self._connect,
             metrics=Metrics(spec.version or __version__),
             access=self.access,
+            throttle=Throttle(Counters(spec.counters_fd)),
         )
         self.routes = Routes(self.door, spec.version or __version__)
+        self.trust = Trust()
+        self.secure = self.routes.secure = Secure(spec.tls, spec.tls_leaf) if spec.tls is not None else None
         self.server = self.routes.server = Server(self.routes, Table().slow.limits, Table().slow.cors)
         self._hello = Hello(token=spec.token, role="gateway", name=spec.id, epoch=spec.epoch)
-        self.follower = Follower(spec.control_path, Path(spec.table_path), self._hello, self.install, self._gauges)
+        self.follower = Follower(
+            spec.control_path, Path(spec.table_path), self._hello, self.install, self._gauges, self.door.till
+        )
         self.door.on_starving = self.follower.starving
         self._stop = asyncio.Event()
         self._sweeps = 0
@@ -73,12 +86,17 @@ class Gateway:
         self.follower.start()
         sock = socket.socket(fileno=self.spec.listen_fd)
         sock.setblocking(False)
-        listener = await self.loop.create_server(self.server, sock=sock, backlog=BACKLOG)
+        listener = await self._listen(sock)
         self.loop.call_later(SWEEP_S, self._sweep)
         log.info("serving on %s", sock.getsockname())
         await self._stop.wait()
         listener.close()
         await self._drain()
+
+    async def _listen(self, sock: socket.socket) -> asyncio.AbstractServer | TlsListener:
+        if self.secure is not None:
+            return self.secure.listen(self.loop, sock, self.server)
+        return await self.loop.create_server(self.server, sock=sock, backlog=BACKLOG)
 
     async def _drain(self) -> None:
         self.server.drain()
@@ -111,16 +129,21 @@ class Gateway:
         self.door.sweep(now)
         if self._sweeps % 5 == 0:
             self.server.sweep(now)
+        if self._sweeps % LOOK_SWEEPS == 0:
+            self.trust.poll()
+            if self.secure is not None:
+                self.secure.served.poll(wall_s())
         if self.access is not None:
             self.access.flush()
 
     def _gauges(self) -> Gauges:
-        return self.door.gauges(mono_s(), len(self.server.connections))
+        gauges = self.door.gauges(mono_s(), len(self.server.connections))
+        return gauges if self.secure is None else replace(gauges, certificate=self.secure.gauge())
 
     def _connect(self, row: ReplicaRow, target: Target, on_room: Callable[[], None]) -> Upstream:
         if target.link:
             return LinkClient(row, target, self._hello, self.loop, on_room)
-        return HttpPool(row, self.loop)
+        return HttpPool(row, self.loop, self.trust)
 
 
 def main() -> None:

@@ -28,14 +28,16 @@ class Line(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     status: int
     key: str = ""
     duration_s: float = 0.0
+    client: str = ""  # whom its certificate names, with mTLS
 
 
-class UsageLine(msgspec.Struct, frozen=True, gc=False):
+class UsageLine(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """One request that got to a model: its row, as the journal encoded it where it did, so that nothing is built or
     encoded twice."""
 
     peer: str
     usage: Usage | msgspec.Raw
+    client: str = ""
 
 
 class AccessLog:

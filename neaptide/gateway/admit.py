@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 from neaptide.errors import RequestError
+from neaptide.remotes import REVISION
 from neaptide.table import KeyRow
 from neaptide.types import Priority
 
 CLASSES: tuple[Priority, ...] = ("low", "normal", "high")
 SEEN_AT_MOST = 4096
+SCOPE_OF = {"tokenize": "tokenize"}  # by route; the others are inference
 ANYBODY = KeyRow(id="", digest="", priority="high")  # who calls where the config says `auth: off`
 
 
@@ -33,14 +36,18 @@ class Keys:
         self._seen: dict[bytes, KeyRow] = {}
         self.required = required
 
-    def find(self, authorization: bytes | None) -> KeyRow:
-        """The key's row. RequestError 401 when it is absent, malformed, unknown or disabled."""
+    def find(self, authorization: bytes | None, wall_s: float) -> KeyRow:
+        """The key's row. RequestError 401 when it is absent, malformed, unknown, disabled or expired."""
         if not self.required:
             return ANYBODY
         if authorization is None:
             raise _unauthorised("no API key was sent", "missing_api_key")
-        row = self._seen.get(authorization)
-        return row if row is not None else self._look_up(authorization)
+        row = self._seen.get(authorization) or self._look_up(authorization)
+        if row.expires_wall_s is not None and wall_s >= row.expires_wall_s:
+            self._seen.pop(authorization, None)
+            when = datetime.fromtimestamp(row.expires_wall_s, UTC).isoformat(" ", "seconds")
+            raise _unauthorised(f"the API key expired at {when}", "expired_api_key")
+        return row
 
     def _look_up(self, authorization: bytes) -> KeyRow:
         scheme, _, key = authorization.partition(b" ")
@@ -60,16 +67,38 @@ class Keys:
 
 
 class Terms(NamedTuple):
-    """What a head asks of its request's time: its class, and whether it sets a deadline."""
+    """What a head asks of how its request is served: its class, whether it sets a deadline, whether its answer may come
+    from the cache (None: if it is no matter of chance), and whether it may be made less under pressure."""
 
     priority: Priority
     timed: bool
+    revision: str = ""  # the one that it is to be answered by; "": any
+    cache: bool | None = None
+    degrade: bool = True
 
 
 def terms(headers: Mapping[bytes, bytes], key: KeyRow) -> Terms:
-    """RequestError 400 for a class that is none."""
+    """RequestError 400 for a class or a revision that is none, or a choice that is neither yes nor no."""
     timed = b"x-neaptide-deadline-ms" in headers or b"x-stainless-read-timeout" in headers
-    return Terms(priority(headers.get(b"x-neaptide-priority"), key), timed)
+    pinned = headers.get(b"x-neaptide-revision")
+    return Terms(
+        priority(headers.get(b"x-neaptide-priority"), key),
+        timed,
+        revision(pinned) if pinned else "",
+        choice(headers, b"x-neaptide-cache", "invalid_cache"),
+        choice(headers, b"x-neaptide-degrade", "invalid_degrade") is not False,
+    )
+
+
+def choice(headers: Mapping[bytes, bytes], name: bytes, slug: str) -> bool | None:
+    """What a header says that is yes or no; None where it is absent. RequestError 400 for anything else."""
+    said = headers.get(name)
+    if said is None:
+        return None
+    if said.lower() not in (b"yes", b"no"):
+        what = f"{name.decode()} is {said[:32].decode('latin-1')!r}: it must be yes or no."
+        raise RequestError(400, what, slug=slug, fix=f"Send `{name.decode()}: yes` or `no`, or leave it out.")
+    return said.lower() == b"yes"
 
 
 def check_model(key: KeyRow, model: str) -> None:
@@ -77,6 +106,18 @@ def check_model(key: KeyRow, model: str) -> None:
     if key.models and model not in key.models:
         raise RequestError(
             403, f"This API key may not use the model '{model}'.", slug="model_not_allowed", param="model"
+        )
+
+
+def check_scope(key: KeyRow, scope: str) -> None:
+    """RequestError 403 where `key` has scopes and this is none of them."""
+    if key.scopes and scope not in key.scopes:
+        has = ", ".join(key.scopes)
+        raise RequestError(
+            403,
+            f"This needs a key with the scope '{scope}'; this API key has: {has}.",
+            slug="scope_not_allowed",
+            fix="Use another key, or have the scope added: `neaptide keys set`.",
         )
 
 
@@ -91,6 +132,19 @@ def priority(asked: bytes | None, key: KeyRow) -> Priority:
             400, f"x-neaptide-priority is {name[:32]!r}: it must be low, normal or high.", slug="invalid_priority"
         )
     return CLASSES[min(CLASSES.index(name), highest)]
+
+
+def revision(asked: bytes) -> str:
+    """The revision that a client names; RequestError 400 for what cannot be one."""
+    name = asked.decode("latin-1")
+    if not REVISION.fullmatch(name):
+        raise RequestError(
+            400,
+            "x-neaptide-revision is no revision's name: letters, digits and . _ : / -, at most 160.",
+            slug="invalid_revision",
+            fix="Leave it out, or name a revision that `neaptide status --json` lists.",
+        )
+    return name
 
 
 def deadline_s(headers: Mapping[bytes, bytes], stream: bool, arrived_s: float) -> float:

@@ -17,7 +17,9 @@ KNOWN_BLOCKS = 200_000  # that are remembered, of all models' prompts; about 30 
 MATCH = 0.5  # of a prompt's blocks must be known at a replica, or the load decides: a system prompt is known to all
 SPREAD, SLACK = 1.5, 1  # it is left where it has more in flight than 1.5 x the least loaded one + 1
 BLOCK_BYTES = 1024
+USER = b'"user"'
 SHORT_BYTES = 2 * BLOCK_BYTES  # a body under it is computed anew sooner than looked up
+CONVERSATION = b"x-neaptide-conversation"  # a client's own name for what belongs together
 LOOKED_AT = 256  # of them: it is a hint, and a wrong one costs a prefill
 MOST_BLOCKS = 64
 
@@ -41,6 +43,20 @@ def blocks_of(body: bytes, seed: int) -> list[int]:
 def conversation_of(name: bytes, seed: int) -> list[int]:
     """A client's own word for what belongs together, as one block."""
     return [-1 - crc32(name, seed)]
+
+
+def first_words(body: bytes, seed: int) -> int | None:
+    """A number of the conversation that a chat request goes on with: of what its user said first, whatever stands
+    before. It is the same in every turn. None for a short body, and where nobody says anything."""
+    if len(body) < SHORT_BYTES:
+        return None
+    start = body.find(b'"messages"')
+    at = body.find(USER, start) if start >= 0 else -1
+    if at < 0:
+        return None
+    said = body[at : at + BLOCK_BYTES]
+    end = said.find(b'"}')  # of the message, where it is no longer: what follows it is not there in the first turn
+    return crc32(said if end < 0 else said[:end], seed)
 
 
 class Familiar:

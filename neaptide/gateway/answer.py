@@ -9,6 +9,7 @@ from http import HTTPStatus
 import msgspec
 
 from neaptide.errors import RequestError
+from neaptide.gateway.throttle import LimitError
 
 STATUS_LINES = {s.value: b"HTTP/1.1 %d %b\r\n" % (s.value, s.phrase.encode()) for s in HTTPStatus}
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -61,12 +62,15 @@ def error_body(error: RequestError) -> bytes:
 
 
 def error_lines(error: RequestError, allow: bytes = b"") -> bytes:
-    """Header lines that belong to an error: Retry-After (whole seconds, at least 1), Allow, WWW-Authenticate."""
+    """Header lines that belong to an error: Retry-After (whole seconds, at least 1), Allow, WWW-Authenticate, limits
+    that were reached."""
     lines = b""
     if error.retry_after_s is not None:
         lines += b"retry-after: %d\r\n" % max(1, math.ceil(error.retry_after_s))
     if error.status == 401:
         lines += b"www-authenticate: Bearer\r\n"
+    if isinstance(error, LimitError):
+        lines += error.lines
     if allow:
         lines += b"allow: %b\r\n" % allow
     return lines

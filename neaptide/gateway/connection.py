@@ -22,6 +22,7 @@ from neaptide.gateway.call import Call
 from neaptide.gateway.repeat import MISSES_AT_MOST, Repeat, learn
 from neaptide.gateway.rules import ONCE, cors_lines, framing_error, too_large_body, too_large_head
 from neaptide.table import Limits
+from neaptide.tls.context import subject
 
 if TYPE_CHECKING:
     from neaptide.gateway.exchange import Exchange
@@ -79,6 +80,7 @@ class Connection(asyncio.Protocol):
         "_serving",
         "_stepping",
         "_transport",
+        "client",
         "due_s",
         "exchange",
         "peer",
@@ -100,7 +102,7 @@ class Connection(asyncio.Protocol):
         self._now = self._give_up_s = 0.0
         self.due_s = FOREVER
         self.exchange: Exchange | None = None
-        self.peer = ""
+        self.peer = self.client = ""  # address; whom a client certificate names
 
     # --- its life
 
@@ -114,6 +116,8 @@ class Connection(asyncio.Protocol):
         transport.set_write_buffer_limits(high=WRITE_HIGH)
         peer = transport.get_extra_info("peername")
         self.peer = peer[0] if isinstance(peer, tuple) and peer else ""
+        if server.mutual:
+            self.client = subject(transport.get_extra_info("peercert"))
         self.due_s = mono_s() + server.limits.header_s
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -372,6 +376,11 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.write(data)
 
+    @property
+    def clogged(self) -> bool:
+        """Its client has not read what it was given."""
+        return self._transport is not None and self._transport.get_write_buffer_size() > WRITE_HIGH
+
     def end(self, call: Call, data: bytes) -> None:
         """The last bytes of the answer to `call`; the connection is free for the next, or ends."""
         transport = self._transport
@@ -443,9 +452,10 @@ class Connection(asyncio.Protocol):
         self._ahead.clear()
         if not self._reading:
             self._resume()
-        if self in self._server.connections and transport.can_write_eof():
+        ours = self in self._server.connections
+        if ours and transport.can_write_eof():
             transport.write_eof()
-        else:
+        elif not (ours and self._in_body):  # TLS cannot close by half: who still sends is left to read, or to time
             transport.close()
 
     def _free(self, call: Call) -> None:

@@ -11,16 +11,21 @@ from msgspec import Raw
 
 from neaptide.clock import mono_s
 from neaptide.errors import RequestError, StorageError
-from neaptide.gateway import admit, ids, overdue, queue, record, route
+from neaptide.gateway import admit, degrade, ids, overdue, queue, record, relay, resume, route, watch
 from neaptide.gateway.access import AccessLog, Line, UsageLine
+from neaptide.gateway.admit import Terms
 from neaptide.gateway.affinity import Familiar
+from neaptide.gateway.breaker import BAD, NEITHER, result
 from neaptide.gateway.call import Call
 from neaptide.gateway.connection import FOREVER, Connection
 from neaptide.gateway.exchange import DONE, WAITING, Exchange
 from neaptide.gateway.lane import Lane
 from neaptide.gateway.metrics import Metrics
 from neaptide.gateway.route import Target
+from neaptide.gateway.shared import Shared, name_of
 from neaptide.gateway.shares import PROMPT_BYTE
+from neaptide.gateway.throttle import Throttle
+from neaptide.gateway.till import Till
 from neaptide.gateway.upstream import Upstream
 from neaptide.table import Gauges, KeyRow, ReplicaRow, Table
 from neaptide.types import Begin, Usage
@@ -53,11 +58,13 @@ class Door:
         *,
         metrics: Metrics | None = None,
         access: AccessLog | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         self.name = name
         self.journal = journal
         self.metrics = metrics or Metrics()
         self.access = access
+        self.throttle = throttle or Throttle()
         self.ids = ids.Ids()
         self.table = Table()
         self.held = False  # a table was installed
@@ -68,6 +75,7 @@ class Door:
         self.live: set[Exchange] = set()
         self._by_name: dict[str, Lane] = {}  # by deployment and alias
         self._familiar = Familiar()
+        self.till = Till(self.go_on)
         self._pepper = bytes.fromhex(pepper)
         self._connect = connect
         self.keys = admit.Keys((), self._pepper)
@@ -90,25 +98,65 @@ class Door:
             if terms is None:
                 terms = call.terms = admit.terms(call.headers, key)
             deadline_s = admit.deadline_s(call.headers, asked.stream, call.arrived_s) if terms.timed else FOREVER
+            permit = self.throttle.admit(key, call, now) if key.quotas else None
         except RequestError as error:
             self.refuse(connection, call, error, now)
             return
-        connection.exchange = exchange = Exchange(self, connection, call, key, lane, asked, terms.priority, deadline_s)
+        name = name_of(lane, call, key, asked.stream, terms) if lane.cache is not None else None
+        kind = Exchange if name is None else Shared
+        connection.exchange = exchange = kind(self, connection, call, key, lane, asked, terms.priority, deadline_s)
+        exchange.pinned = terms.revision
+        exchange.permit = permit
         self.live.add(exchange)
+        if name is None and lane.relief is None:
+            self.line_up(exchange, now)
+        else:
+            self._spare(exchange, name, terms, now)
+
+    def _spare(self, exchange: Exchange, name: bytes | None, terms: Terms, now: float) -> None:
+        """Is its answer here or on its way, does a lesser one have to do? Else it lines up as any other."""
+        lane, found = exchange.lane, degrade.NONE
+        if lane.relief is not None and terms.degrade and exchange.call.route != "tokenize":
+            found = lane.relief.now(lane.line, now)
+        sharing = exchange if isinstance(exchange, Shared) else None
+        if sharing is not None and sharing.find(name, now, found.stale_s):
+            return
+        try:
+            changed = any(found) and degrade.apply(exchange, found, self.lanes, now)
+        except RequestError as error:
+            exchange.fail(error, now, "refused")
+            return
+        if sharing is not None and changed:  # another question now
+            name = name_of(exchange.lane, exchange.call, exchange.key, exchange.asked.stream, terms)
+            if sharing.find(name, now):
+                return
+        if sharing is None or not sharing.join(name, now):
+            self.line_up(exchange, now)
+
+    def line_up(self, exchange: Exchange, now: float) -> None:
+        """To a replica, or into the line: its answer has to be made."""
+        lane, key = exchange.lane, exchange.key
         lane.metrics.arrivals += 1
-        if deadline_s < FOREVER and (late := lane.hopeless(exchange, now)) is not None:
+        if exchange.deadline_s < FOREVER and (late := lane.hopeless(exchange, now)) is not None:
             exchange.fail(late, now, "refused")
             return
+        if not key.budgets or self.till.pay(exchange, now):
+            self.go_on(exchange, now)
+
+    def go_on(self, exchange: Exchange, now: float) -> None:
+        """To a replica, or into the line: it is paid for, where its key has budgets."""
+        lane = exchange.lane
         line, rank = lane.line, exchange.rank
-        exchange.account = account = line.shares.of(key.tenant)
+        exchange.account = account = line.shares.of(exchange.key.tenant)
         line.shares.asked(account, rank, now)
         # Who runs nothing is below its share.
         may = lane.may(now) if line.shares.crowded and (account.running or line.waiting) else None
         allowed = may is None or may(account, rank)
-        target = lane.pick(exchange, now) if allowed and not line.waiting else None
+        # In a mixed lane those who wait have no use for what is free, or they would have it.
+        target = lane.pick(exchange, now) if allowed and (not line.waiting or lane.mixed) else None
         if target is None:
             self._wait(exchange, now)
-            if line.lost or (allowed and may is not None):
+            if line.lost or lane.mixed or (allowed and may is not None):
                 self.pump(lane, now)  # what is free may be kept from those who wait, and be for it
         else:
             line.passed(account, rank)
@@ -121,6 +169,8 @@ class Door:
         try:
             if self.lanes.get(lane.row.model) is not lane:
                 raise _no_longer_served()
+            if (barred := lane.barred(exchange)) is not None:
+                raise barred
             if lane.row.failing and not ready:
                 raise RequestError(
                     503, f"No replica starts: {lane.row.failing}.", slug="replica_failing", retry_after_s=5.0
@@ -168,10 +218,11 @@ class Door:
         if not target.link and call.route != "tokenize":
             name = row.remote_model or lane.row.model
             hide = asked.stream and not asked.include_usage
+            body = resume.body(exchange) if exchange.resumes else body
             if hide or name != asked.model:
                 body = splice(body, model=name if name != asked.model else None, include_usage=hide)
         exchange.sent(target, now, body, hide)
-        self._upstreams[row.id].send(exchange)
+        self._upstreams[row.id].send(relay.between(exchange) if row.resumes else exchange)
         if exchange.paused_s and exchange.handle is not None:
             exchange.handle.pause_reading()
 
@@ -179,7 +230,7 @@ class Door:
         """Another try, before the first byte: another replica, if one can take it; else the front of the line. `full`:
         the last one had no room."""
         last, lane = exchange.target, exchange.lane
-        self._release(exchange)
+        self._release(exchange, now, NEITHER if full else BAD)
         if full and last is not None:
             last.filled()
         lane.metrics.retries += 1
@@ -192,7 +243,7 @@ class Door:
     def resume(self, exchange: Exchange, now: float) -> None:
         """Another replica goes on with an answer whose own was lost; the front of the line where none has room."""
         lane = exchange.lane
-        self._release(exchange)
+        self._release(exchange, now, NEITHER)
         lane.metrics.resumes += 1
         target = lane.pick(exchange, now)
         if target is None:
@@ -203,28 +254,36 @@ class Door:
     def settle(self, exchange: Exchange, usage: Usage, now: float) -> None:
         """The request is over: its slot is free, its row is written, and then the client gets the last bytes."""
         self.live.discard(exchange)
+        if exchange.bill is not None:
+            usage = self.till.settle(exchange, exchange.bill, usage)
         lane = exchange.lane
         if exchange.ticket is not None:
             lane.line.leave(exchange.ticket)
             exchange.ticket = None
-        self._release(exchange)
+        self._release(exchange, now, result(usage))
         if exchange.begun:
             lane.running -= 1
             exchange.charge(usage.output_tokens)
             if usage.outcome == "ok" and usage.output_tokens:
                 lane.served(now, usage.duration_s - usage.queued_s, usage.output_tokens)
+        if exchange.permit is not None:
+            self.throttle.settle(exchange.permit, usage, exchange.begun, now)
         lane.tokens += exchange.tokens
         lane.metrics.count(usage)
         row = self.journal.end(usage, exchange.say_last)
         if self.access is not None:
-            self.access.add(UsageLine(exchange.connection.peer, usage if row is None else Raw(row)))
+            connection = exchange.connection
+            self.access.add(UsageLine(connection.peer, usage if row is None else Raw(row), connection.client))
         if lane.line.waiting:
             self.pump(lane, now)
 
-    def _release(self, exchange: Exchange) -> None:
+    def _release(self, exchange: Exchange, now: float, told: int) -> None:
+        """`told`: by the attempt that is over, of its replica (breaker.py)."""
         target, exchange.target = exchange.target, None
         if target is not None:
-            target.release()
+            if target.limiter is not None:
+                watch.ended(target.limiter, exchange, now, told)
+            target.release(told, exchange.sent_s, now)
             exchange.account.running -= 1
 
     def pump(self, lane: Lane, now: float) -> None:
@@ -233,7 +292,7 @@ class Door:
         while line.waiting:
             if route.choose(lane.targets, now, lane.turn, (), lane.row.model) is None:
                 return
-            ticket = line.first(now, lane.may(now), partial(lane.fits, now=now) if line.lost else None)
+            ticket = line.first(now, lane.may(now), partial(lane.fits, now=now) if line.lost or lane.mixed else None)
             if ticket is None:
                 return
             ticket.item.ticket = None
@@ -275,6 +334,7 @@ class Door:
 
     def sweep(self, now: float) -> None:
         """Every 100 ms: what waited too long, what runs too long, and who may be tried again."""
+        watch.look(self.live, self.targets.values(), now)
         for lane in list(self.lanes.values()):
             if lane.line.waiting:
                 for ticket in lane.line.expired(now):
@@ -287,10 +347,12 @@ class Door:
                     self._give_up(lane, now)
         for upstream in self._upstreams.values():
             upstream.sweep(now)
+        self.till.sweep(now)
         for exchange in list(self.live):
             if exchange.state != DONE:
                 exchange.charge(exchange.tokens)
                 overdue.check(exchange, now)
+        self.throttle.sweep(self.live, now)
 
     def end_all(self, error: RequestError, now: float) -> None:
         """The process ends: everybody is told."""
@@ -312,7 +374,9 @@ class Door:
         """Put `table` in force: running requests go on, those who wait keep their places."""
         now = mono_s()
         self.table, self.held = table, True
+        self.till.install(table.slow)
         self.keys = admit.Keys(table.slow.keys, self._pepper, table.slow.auth)
+        self.throttle.renew()
         lanes: dict[str, Lane] = {}
         for row in table.slow.deployments:
             lane = self.lanes.get(row.model) or Lane(row, self.metrics.model(row.model), self._familiar)
@@ -327,6 +391,8 @@ class Door:
         self._set_replicas(r for r in table.fast.replicas if not lanes.keys().isdisjoint(r.serves()))
         for model, lane in lanes.items():
             lane.aim([t for t in self.targets.values() if model in t.row.serves()])
+        self._bar(now)
+        for lane in lanes.values():
             self.pump(lane, now)
 
     def _set_replicas(self, rows: Iterable[ReplicaRow]) -> None:
@@ -346,6 +412,12 @@ class Door:
             if upstreams.get(replica) is not upstream:
                 upstream.close()
         self.targets, self._upstreams = targets, upstreams
+
+    def _bar(self, now: float) -> None:
+        """Whoever waits for what the table has no more need not wait longer."""
+        for exchange in [e for e in self.live if e.state == WAITING]:
+            if (barred := exchange.lane.barred(exchange)) is not None:
+                exchange.fail(barred, now, "refused")
 
     def _room(self, target: Target) -> None:
         """A replica may have become able to take more, for any of its models."""
@@ -376,6 +448,7 @@ class Door:
             models={model: lane.gauge(now, running.get(model, 0)) for model, lane in self.lanes.items()},
             replicas={id: t.in_flight for id, t in self.targets.items()},
             unreachable=tuple(id for id, t in self.targets.items() if t.failures),
+            erring=tuple(id for id, t in self.targets.items() if t.erring),
             disk=self.journal.refusal() or "",
         )
 
@@ -386,11 +459,13 @@ class Door:
             duration_s = now - call.arrived_s
             path = call.path[:256].decode("latin-1")
             method = call.method.decode("latin-1")
-            self.access.add(Line(call.wall_s, call.id, connection.peer, method, path, status, key, duration_s))
+            line = Line(call.wall_s, call.id, connection.peer, method, path, status, key, duration_s, connection.client)
+            self.access.add(line)
 
 
 def _same_process(a: ReplicaRow, b: ReplicaRow) -> bool:
-    return (a.endpoint, a.epoch, a.token, a.remote_model) == (b.endpoint, b.epoch, b.token, b.remote_model)
+    mine = (a.endpoint, a.epoch, a.token, a.remote_model, a.tls)
+    return mine == (b.endpoint, b.epoch, b.token, b.remote_model, b.tls)
 
 
 def _no_longer_served() -> RequestError:

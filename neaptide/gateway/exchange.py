@@ -19,14 +19,16 @@ from msgspec.structs import replace
 
 from neaptide.clock import mono_s
 from neaptide.errors import RequestError
-from neaptide.gateway import answer, record, resume, sse
-from neaptide.gateway.affinity import blocks_of, conversation_of
+from neaptide.gateway import answer, record, resume, retries, sse
+from neaptide.gateway.affinity import CONVERSATION, blocks_of, conversation_of
 from neaptide.gateway.call import Call
 from neaptide.gateway.queue import Ticket
+from neaptide.gateway.quota import Permit
 from neaptide.gateway.record import Timing
 from neaptide.gateway.route import Target
 from neaptide.gateway.shares import Account
 from neaptide.gateway.sse import Counts, HideUsage
+from neaptide.gateway.transcript import Transcript
 from neaptide.gateway.upstream import PASSED_HEADERS, AnswerHead, Failure, Handle, replica_error
 from neaptide.link import EndHeader
 from neaptide.table import KeyRow, Timeouts
@@ -37,12 +39,14 @@ if TYPE_CHECKING:
     from neaptide.gateway.connection import Connection
     from neaptide.gateway.door import Door
     from neaptide.gateway.lane import Lane
+    from neaptide.gateway.till import Bill
 
 WAITING, SENT, OPEN, LEAVING, DONE = range(5)
 ATTEMPTS_AT_MOST = 3
 HEARTBEAT = b": waiting for a replica\n\n"
 WHOLE_ANSWER = 64 << 10  # a longer answer that does not stream is passed on as it comes
 RETRY_STATUS = frozenset((502, 503))
+CROWDED = frozenset((429, 503))
 TOKEN_END = b"null}]}\n\n"  # how an event ends that carries neither a finish reason nor usage
 TOKEN_CHUNK_END = TOKEN_END + b"\r\n"
 READS_KEPT = 6  # last reads of a stream in which usage and finish reason are looked for
@@ -58,10 +62,10 @@ class Exchange:
 
     __slots__ = (
         "_broken", "_held", "_hide", "_last", "_length", "_plain", "_recent", "account", "answer", "asked",
-        "attempts", "barren", "begun", "body", "call", "charged", "connection", "counts", "deadline_s", "door", "end",
-        "error", "finish", "handle", "ids", "key", "lane", "lost_s", "made", "opened", "outcome", "paused_s",
-        "priority", "prompt_bytes", "rank", "resumes", "revision", "sent_s", "state", "state_s", "target", "ticket",
-        "timing", "tried", "waited_s",
+        "attempts", "barren", "begun", "bill", "body", "call", "charged", "connection", "counts", "deadline_s", "door",
+        "end", "error", "finish", "handle", "ids", "key", "lane", "lost_s", "made", "marks", "opened", "outcome",
+        "paused_s", "permit", "pinned", "priority", "prompt_bytes", "rank", "resumes", "revision", "says", "sent_s",
+        "state", "state_s", "target", "ticket", "timing", "transcript", "tried", "waited_s", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -79,23 +83,29 @@ class Exchange:
         self.asked, self.deadline_s = asked, deadline_s
         self.priority, self.rank = priority, RANKS[priority]
         self.account, self.charged = NOBODY, 0  # its tenant's; how many of its tokens were charged
+        self.permit: Permit | None = None  # of a key with limits
         self.body = call.body  # as its replica is to get it
         self.prompt_bytes = call.size
         self.state, self.state_s = WAITING, call.arrived_s
         self.handle: Handle | None = None
         self.target: Target | None = None
         self.ticket: Ticket[Exchange] | None = None
+        self.bill: Bill | None = None  # where its key has budgets
         self.tried: tuple[str, ...] = ()
         self.made: tuple[int, ...] = ()  # tokens of each of these but the last one
         self.ids = NO_IDS  # of the tokens that came over links
+        self.transcript: Transcript | None = None  # of what came from replicas that bring text
         self.resumes = self.attempts = 0  # and times that it was sent since
         self.barren = False  # the replica before this one died of it without a token, or might have
         self.lost_s = 0.0  # when its last replica was lost; 0: none was
         self.revision = ""  # of the replica that has begun
+        self.pinned = self.wanted = ""  # the revision that its client names; the one that it was given by shares
         self.begun = self.opened = False  # a begin record is written; the answer's head is out
         self.sent_s = self.waited_s = self.paused_s = 0.0
         self.outcome: Outcome = "ok"
         self.error = self.finish = ""
+        self.marks: dict[str, str | int] | None = None  # fields of its row that are seldom set
+        self.says = b""  # header lines of ours
         self.timing = Timing()
         self.counts: Counts | None = None
         self.end: EndHeader | None = None  # what a link's replica told at the end
@@ -127,6 +137,8 @@ class Exchange:
                 self.made += (self.brought,)
         else:
             self.waited_s = now - self.call.arrived_s
+        if not target.row.resumes:
+            self.transcript = None  # what it says is not followed
         self.attempts += 1
         self.tried += (target.row.id,)
         self.revision = target.row.revision_of(self.model)
@@ -136,10 +148,12 @@ class Exchange:
     # --- the replica's side: HTTP
 
     def on_head(self, head: AnswerHead) -> bool:
-        if self.target is not None:
-            self.target.answered()
-        status = head.status
+        status, target = head.status, self.target
+        if target is not None and (target.failures or target.breaker.opened):
+            target.answered(mono_s(), status, self.sent_s)
         if status != 200:
+            if status in CROWDED and target is not None and target.limiter is not None:
+                target.limiter.refused(target.in_flight)
             if status in RETRY_STATUS and self.may_retry():
                 self.on_failure(Failure(f"replica_{status}", f"answered {status}", retryable=True))
                 return False
@@ -301,14 +315,15 @@ class Exchange:
     @property
     def brought(self) -> int:
         """Tokens of the replica that has it now, or had it last."""
-        return len(self.ids) // 4 - sum(self.made)
+        told = self.transcript.tokens if self.transcript is not None else 0
+        return (len(self.ids) // 4 or told) - sum(self.made)
 
     def _go_on(self, slug: str, now: float) -> bool:
-        """Elsewhere, from the tokens that have come; whether that is possible."""
+        """Elsewhere, from what has come; whether that is possible."""
         if not resume.possible(self, slug):
             return False
         self.resumes, self.attempts, self.lost_s = self.resumes + 1, 0, now
-        self.barren = not self.brought
+        self.barren, self._plain = not self.brought, False
         self.handle = self.counts = self.end = None  # what it computed and nobody got is nobody's
         if slug == "engine_died" and self.target is not None:
             self.target.draining, self.target.report = True, None  # until it reports again, of another engine
@@ -322,12 +337,14 @@ class Exchange:
         if self.state >= LEAVING:
             return
         if failure.unreachable and self.target is not None:
-            self.target.failed(now)
+            self.target.failed(now, self.sent_s)
         full, died = failure.slug == "replica_full", bool(self.ids) and failure.slug == "replica_lost"
         if failure.retryable and not died and (self.may_retry() or (full and self.ids)):
-            self.handle = None
-            self.door.again(self, now, full)
-            return
+            if full or self.lane.may_retry(now):
+                self.handle = None
+                self.door.again(self, now, full)
+                return
+            failure = retries.denied(failure)
         if self._go_on(failure.slug, now):
             return
         message = f"The replica {failure.message}."
@@ -338,7 +355,7 @@ class Exchange:
         if self.state == DONE:
             return
         self._abort_upstream()
-        if outcome == "refused" and self.ids:
+        if outcome == "refused" and (self.ids or self.resumes):
             outcome = "error"  # it had begun
         self.outcome, self.error = outcome, error.slug or "error"
         if self.state != OPEN and not self.opened:
@@ -376,7 +393,7 @@ class Exchange:
 
     def blocks(self) -> list[int]:
         """Of the beginning of its prompt, or of the conversation that its client names."""
-        named, seed = self.call.headers.get(b"x-neaptide-conversation"), self.lane.seed
+        named, seed = self.call.headers.get(CONVERSATION), self.lane.seed
         return conversation_of(named, seed) if named else blocks_of(self.call.body, seed)
 
     def charge(self, tokens: int) -> None:
@@ -425,7 +442,8 @@ class Exchange:
         if length is None and not call.http11:
             length, call.close = -1, True
         head = self.answer
-        return self.connection.head(call, head.status, head.content_type, length, head.passed)
+        lines = self.says + head.passed if self.permit is None else self.says + head.passed + self.permit.lines
+        return self.connection.head(call, head.status, head.content_type, length, lines)
 
     def _say(self, status: int, content_type: bytes, *, events: bool = False) -> None:
         """The head of a link's answer; the lines that its replica sent before stay."""

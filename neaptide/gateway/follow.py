@@ -11,12 +11,14 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import msgspec
 
 from neaptide import link, table
-from neaptide.link import FETCH, GAUGES, HELLO, TABLE, FrameReader, Hello, LinkError, frame
+from neaptide.link import FETCH, GAUGES, GRANT, HELLO, RECALL, TABLE, FrameReader, Hello, LinkError, frame
 from neaptide.table import Delta, Gauges, Table
 
 log = logging.getLogger("neaptide.gateway")
@@ -47,8 +49,16 @@ def save_table(path: Path, held: Table) -> None:
     draft.replace(path)
 
 
+class Till(Protocol):
+    """What asks control for leases of budgets."""
+
+    def connected(self, say: Callable[[int, Any], None]) -> None: ...
+    def disconnected(self) -> None: ...
+    def hear(self, kind: int, payload: bytes) -> None: ...
+
+
 class Follower:
-    """`install` is called in the loop with every new table; `gauges` is asked each GAUGES_S."""
+    """`install` is called in the loop with every new table; `gauges` is asked each GAUGES_S; `till` hears the rest."""
 
     def __init__(
         self,
@@ -57,10 +67,11 @@ class Follower:
         hello: Hello,
         install: Callable[[Table], None],
         gauges: Callable[[], Gauges],
+        till: Till,
     ) -> None:
         self._control_path, self._table_path = control_path, table_path
         self._hello = hello
-        self._install, self._gauges = install, gauges
+        self._install, self._gauges, self._till = install, gauges, till
         self._table = Table()
         self._starving = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -125,11 +136,15 @@ class Follower:
                     if f.type == HELLO and not greeted:
                         _check(msgspec.json.decode(f.payload, type=Hello), self._hello)
                         greeted = True
+                        self._till.connected(partial(_say, writer))
+                    elif f.type in (GRANT, RECALL) and greeted:
+                        self._till.hear(f.type, f.payload)
                     elif f.type == TABLE and greeted:
                         self._take(msgspec.json.decode(f.payload, type=Delta), writer)
                     else:
                         raise LinkError(f"control sent an unexpected frame of type {f.type}")
         finally:
+            self._till.disconnected()
             pulse.cancel()
             with contextlib.suppress(asyncio.CancelledError, OSError):
                 await pulse
@@ -169,6 +184,10 @@ class Follower:
                 async with asyncio.timeout(GAUGES_S):
                     await self._starving.wait()
                 await asyncio.sleep(0.01)  # many may begin to wait at once: one message for all
+
+
+def _say(writer: asyncio.StreamWriter, kind: int, told: Any) -> None:
+    writer.write(frame(0, kind, msgspec.json.encode(told)))
 
 
 def _check(theirs: Hello, ours: Hello) -> None:

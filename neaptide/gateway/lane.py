@@ -8,9 +8,14 @@ from zlib import crc32
 
 from neaptide.errors import RequestError
 from neaptide.gateway import resume, route
-from neaptide.gateway.affinity import Familiar
+from neaptide.gateway.affinity import CONVERSATION, Familiar, conversation_of, first_words
+from neaptide.gateway.cache import Cache
+from neaptide.gateway.concurrency import Goals
+from neaptide.gateway.degrade import Relief
 from neaptide.gateway.metrics import ModelMetrics
 from neaptide.gateway.queue import Line, May
+from neaptide.gateway.retries import Retries
+from neaptide.gateway.revisions import NOBODY, Group, Split
 from neaptide.gateway.route import Target
 from neaptide.table import DeploymentRow, ModelGauge
 
@@ -27,19 +32,24 @@ class Lane:
     """Lives as long as its deployment is in the table, or a request of it runs."""
 
     __slots__ = (
-        "_by_id", "_familiar", "_hopeless", "_longest_s", "_took", "line", "metrics", "row", "running", "seed",
-        "targets", "tokens", "turn",
+        "_all", "_familiar", "_hopeless", "_inside", "_longest_s", "_split", "_took", "cache", "line", "metrics",
+        "mixed", "relief", "retries", "row", "running", "seed", "targets", "tokens", "turn",
     )  # fmt: skip
 
     def __init__(self, row: DeploymentRow, metrics: ModelMetrics, familiar: Familiar) -> None:
         self.row = row
+        self.cache: Cache | None = None  # of its answers
+        self.relief: Relief | None = None  # what is done under pressure
         self.seed = crc32(row.model.encode())
         self.metrics = metrics
         metrics.slo_ttft_s = row.slo_ttft_s
         self.line: Line[Exchange] = Line(row.max_waiting, row.max_wait_s)
         self.targets: list[Target] = []  # the door's; a replica of several models is in several lanes
-        self._by_id: dict[str, Target] = {}
+        self._all = self._inside = NOBODY
+        self.mixed = False  # not every request may go to every replica
+        self._split: Split | None = None
         self._familiar = familiar
+        self.retries = Retries()
         self.turn = 0
         self.running = 0
         self.tokens = 0
@@ -50,26 +60,72 @@ class Lane:
     def aim(self, targets: list[Target]) -> None:
         """These serve it from now on."""
         self.targets = targets
-        self._by_id = {target.row.id: target for target in targets}
+        inside = [target for target in targets if not target.row.outside]
+        self._all = Group(targets, self.row.model)
+        self._inside = self._all if len(inside) == len(targets) else Group(inside, self.row.model)
+        self.mixed = self._inside is not self._all or len(self._all.revisions) > 1
+        goals = Goals(self.row.slo_ttft_s, self.row.slo_tpot_s) if self.row.adaptive else None
+        for target in targets:
+            target.learn(goals)
 
     def pick(self, exchange: Exchange, now: float) -> Target | None:
         """Where a request goes: the least loaded replica that can take it, or the one that has seen its beginning, if
         that one is not much more loaded. None: it must wait."""
         self.turn += 1
-        targets = resume.fit(exchange, self.targets) if exchange.ids else self.targets
+        group = self._group(exchange, now) if self.mixed or exchange.pinned else self._all
+        targets = resume.fit(exchange, group.targets) if exchange.ids or exchange.resumes else group.targets
         least = route.choose(targets, now, self.turn, exchange.tried, self.row.model)
-        if least is None or len(targets) < 2 or not self.row.affinity or exchange.tried:
+        if least is None or len(self.targets) < 2 or not self.row.affinity or exchange.tried:
             return least
         blocks = exchange.blocks()
         if not blocks:
             return least
-        return self._familiar.choose(blocks, self._by_id, least, now, self.row.model)
+        return self._familiar.choose(blocks, group.by_id, least, now, self.row.model)
 
     def fits(self, exchange: Exchange, now: float) -> bool:
-        """Whether some replica that has room can go on with what it has begun."""
-        if not exchange.ids:
+        """Whether some replica that it may go to has room, and can go on with what it has begun."""
+        group = self._group(exchange, now) if self.mixed or exchange.pinned else self._all
+        targets = resume.fit(exchange, group.targets) if exchange.ids or exchange.resumes else group.targets
+        return route.choose(targets, now, model=self.row.model) is not None
+
+    def _open_to(self, exchange: Exchange) -> Group:
+        return self._inside if exchange.key.inside else self._all
+
+    def _group(self, exchange: Exchange, now: float) -> Group:
+        """The replicas that it may go to at all: of its data class, and of its revision."""
+        group = self._open_to(exchange)
+        if exchange.pinned:
+            return group.revisions.get(exchange.pinned, NOBODY)
+        if self._split is None or exchange.ids or exchange.resumes:  # who has begun goes on at its own revision
+            return group
+        wanted = exchange.wanted
+        if not wanted or not group.has(wanted, now):
+            exchange.wanted = wanted = self._drawn(self._split, exchange, group, now)
+        return group.revisions.get(wanted, group)
+
+    def _drawn(self, split: Split, exchange: Exchange, group: Group, now: float) -> str:
+        """Its revision: its conversation's, which its client names or its user's first words are, else the next one.
+        Revisions without a share only where no other is there. "": none is."""
+        call = exchange.call
+        name = call.headers.get(CONVERSATION)
+        conversation = conversation_of(name, self.seed)[0] if name else first_words(call.body, self.seed)
+        return split.draw(lambda revision: group.has(revision, now), conversation) or group.any_there(now)
+
+    def barred(self, exchange: Exchange) -> RequestError | None:
+        """The refusal of a request that no replica of those configured may ever take."""
+        if exchange.key.inside and self.targets and not self._inside.targets:
+            return _outside_only(self.row.model)
+        revision = exchange.pinned
+        if not revision or revision == self.row.revision or revision in self._open_to(exchange).revisions:
+            return None
+        return _outside_only(self.row.model) if revision in self._all.revisions else _no_revision(self, revision)
+
+    def may_retry(self, now: float) -> bool:
+        """Whether one of its requests may be sent again; that is then counted."""
+        if self.retries.take(now, self.metrics.arrivals, self.running):
             return True
-        return route.choose(resume.fit(exchange, self.targets), now, model=self.row.model) is not None
+        self.metrics.denied += 1
+        return False
 
     def served(self, now: float, seconds: float, tokens: int) -> None:
         """An answer ended well, so long after it was sent to a replica."""
@@ -114,6 +170,16 @@ class Lane:
         self.row = row
         self.metrics.slo_ttft_s = row.slo_ttft_s
         self.line.cap, self.line.max_wait_s = row.max_waiting, row.max_wait_s
+        if self._split is None or self._split.traffic != row.traffic:
+            self._split = Split(row.traffic) if row.traffic else None
+        if not row.cache.ttl_s:
+            self.cache = None
+        elif self.cache is None:
+            self.cache = Cache(row.cache)
+        else:
+            self.cache.adopt(row.cache)
+        if self.relief is None or self.relief.steps != row.degrade:
+            self.relief = Relief(row.degrade) if row.degrade else None
 
     def gauge(self, now: float, tokens: int) -> ModelGauge:
         """`tokens`: of the requests that still run."""
@@ -134,3 +200,22 @@ class Lane:
             served=counted.served,
             held_sum_s=round(counted.held_s, 6),
         )
+
+
+def _outside_only(model: str) -> RequestError:
+    return RequestError(
+        403,
+        f"This key's data stays inside, and all replicas of '{model}' that could answer are outside.",
+        slug="data_class",
+        fix="Ask for a model that is served inside; or have a replica inside added, or the key's data class changed.",
+        param="model",
+    )
+
+
+def _no_revision(lane: Lane, revision: str) -> RequestError:
+    return RequestError(
+        404,
+        f"No replica of '{lane.row.model}' is of the revision '{revision}'.",
+        slug="revision_not_found",
+        fix="Leave x-neaptide-revision out, or name one that `neaptide status --json` lists.",
+    )

@@ -62,6 +62,9 @@ class ModelMetrics:
     __slots__ = (
         "arrivals",
         "cached",
+        "copies",
+        "degraded",
+        "denied",
         "done",
         "e2e",
         "ends",
@@ -80,19 +83,24 @@ class ModelMetrics:
     )
 
     def __init__(self) -> None:
-        self.arrivals = self.done = self.errors = self.retries = self.resumes = 0
+        self.arrivals = self.done = self.errors = self.retries = self.resumes = self.denied = 0
         self.prompt = self.cached = self.output = self.late = self.served = 0
         self.held_s = 0.0  # of those served
         self.slo_ttft_s = 1.0
         self.ends: dict[tuple[int, str, str, str], int] = {}
+        self.degraded: dict[str, int] = {}  # what was done under pressure, by how
+        self.copies: dict[str, int] = {}  # answers from the cache, by how; the other counters know nothing of them
         self.ttft, self.e2e, self.queue = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
         self.tpot = Histogram(TOKEN_SECONDS)
 
     def count(self, usage: Usage) -> None:
         """A request is over."""
-        self.done += 1
         end = (usage.status, usage.outcome, usage.error, usage.finish)
         self.ends[end] = self.ends.get(end, 0) + 1
+        if usage.cache:  # it took no replica: counted with the others it would tell of capacity that is not there
+            self.copies[usage.cache] = self.copies.get(usage.cache, 0) + 1
+            return
+        self.done += 1
         self.e2e.observe(usage.duration_s)
         self.queue.observe(usage.queued_s)
         self.prompt += usage.prompt_tokens
@@ -172,6 +180,11 @@ class Metrics:
                         continue
                     pairs = ",".join(f'{k}="{escape(v)}"' for k, v in zip(labels, values))
                     out.append(f'{name}{{model_name="{escape(m)}",{pairs}}} {n}')
+        for name, text, field in _BY_HOW:
+            _family(out, name, "counter", text)
+            for m, x in self._models.items():
+                by: dict[str, int] = getattr(x, field)
+                out += [f'{name}{{model_name="{escape(m)}",how="{how}"}} {n}' for how, n in by.items()]
         _family(out, "neaptide_refused_total", "counter", "Requests refused before a model was known, by reason.")
         out += [f'neaptide_refused_total{{reason="{escape(slug)}"}} {n}' for slug, n in self.refused.items()]
 
@@ -184,15 +197,20 @@ class Metrics:
 
 
 _COUNTERS = (
-    ("neaptide_arrivals_total", "Requests for a model, counted at arrival.", "arrivals"),
-    ("neaptide_done_total", "Requests that ended, however.", "done"),
+    ("neaptide_arrivals_total", "Requests for a model, counted at arrival; not those the cache answered.", "arrivals"),
+    ("neaptide_done_total", "Requests that ended, however; not those the cache answered.", "done"),
     ("neaptide_errors_total", "Requests that the replica or the gateway failed.", "errors"),
     ("neaptide_late_total", "Requests without a first token within the SLO.", "late"),
     ("neaptide_retries_total", "Requests sent again to a replica.", "retries"),
+    ("neaptide_retries_denied_total", "Requests not sent again: retries were at their budget.", "denied"),
     ("neaptide_resumes_total", "Answers that went on elsewhere when their replica was lost.", "resumes"),
     ("vllm:prompt_tokens_total", "Prompt tokens.", "prompt"),
     ("neaptide_cached_tokens_total", "Prompt tokens served from a prefix cache.", "cached"),
     ("vllm:generation_tokens_total", "Generated tokens.", "output"),
+)
+_BY_HOW = (
+    ("neaptide_cache_answers_total", "Answers that another request brought, by how.", "copies"),
+    ("neaptide_degraded_total", "Requests that were made less under pressure, or refused, by how.", "degraded"),
 )
 _STATUS, _OUTCOME, _ERROR, _FINISH = range(4)  # places in a key of `ends`
 _ENDS = (

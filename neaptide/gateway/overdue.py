@@ -13,7 +13,9 @@ LEAVING_S = 5.0  # how long a link's replica has to tell what an aborted request
 def check(exchange: Exchange, now: float) -> None:
     """Is anything of it overdue at `now`?"""
     if exchange.state == WAITING:
-        if exchange.asked.stream and now - exchange.state_s >= HEARTBEAT_S:
+        if exchange.ticket is None and now >= exchange.deadline_s:  # in no line that would see to it
+            _late(exchange, "deadline_exceeded", "its deadline passed", now)
+        elif exchange.asked.stream and now - exchange.state_s >= HEARTBEAT_S:
             exchange.beat(now)
     elif exchange.state <= OPEN:
         _check_running(exchange, now)

@@ -8,21 +8,14 @@ budget while waiting for another, and nothing is asked for twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
-from neaptide.table import Held, Want
+from neaptide.table import Ask, Held, Want
 
 T = TypeVar("T")
 Needs = Mapping[str, int]  # by budget; nano-units or tokens
 BUDGETS_AN_ASK = 1000  # a frame is 1 MiB
-
-
-class Ask(NamedTuple):
-    """To control."""
-
-    number: int
-    wants: dict[str, Want]  # by budget
 
 
 class Verdict(NamedTuple, Generic[T]):
@@ -34,10 +27,11 @@ class Verdict(NamedTuple, Generic[T]):
 
 
 class _Lease:
-    __slots__ = ("gave", "got", "left", "wanted")
+    __slots__ = ("gave", "got", "least", "left", "wanted")
 
     def __init__(self) -> None:
         self.left = 0  # to spend; below zero where requests cost more than their reserve
+        self.least = 0  # that was left at any time since the last look for a surplus
         self.wanted = 0  # by those who wait
         self.got = self.gave = 0  # of all grants, and back: what control's books must say
 
@@ -58,6 +52,11 @@ class Purse(Generic[T]):
     def __len__(self) -> int:
         """Who waits."""
         return len(self._waiting)
+
+    @property
+    def budgets(self) -> int:
+        """Of which there is or was a lease."""
+        return len(self._leases)
 
     def left(self, budget: str) -> int:
         lease = self._leases.get(budget)
@@ -123,10 +122,31 @@ class Purse(Generic[T]):
         lease = self._lease(budget)
         idle = max(0, lease.left)
         lease.left -= idle
+        lease.least = min(lease.least, lease.left)
         lease.gave += idle
         if idle and self._asked:
             self._gave.add(budget)
         return idle
+
+    def surplus(self) -> dict[str, int]:
+        """What nothing needed since the last call goes back: how much, by budget. Nothing while somebody waits, whose
+        Ask says what is left."""
+        if self.away or self._asked or self._waiting:
+            return {}
+        back: dict[str, int] = {}
+        for budget, lease in self._leases.items():
+            if lease.least > 0:
+                back[budget] = lease.least
+                lease.left -= lease.least
+                lease.gave += lease.least
+            lease.least = lease.left
+        return back
+
+    def forget(self, others: Container[str]) -> None:
+        """Of budgets that are not among `others` nothing is kept but what is there to give back."""
+        for budget, lease in list(self._leases.items()):
+            if budget not in others and lease.left <= 0 and not lease.wanted:
+                del self._leases[budget]
 
     def alone(self) -> list[Verdict[T]]:
         """Control is away: leases are spent, and nobody is granted more. Who has waited in vain."""
@@ -157,7 +177,10 @@ class Purse(Generic[T]):
 
     def _take(self, needs: Needs) -> None:
         for budget, amount in needs.items():
-            self._leases[budget].left -= amount
+            lease = self._leases[budget]
+            lease.left -= amount
+            if lease.left < lease.least:
+                lease.least = lease.left
 
     def _lease(self, budget: str) -> _Lease:
         lease = self._leases.get(budget)

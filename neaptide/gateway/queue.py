@@ -19,6 +19,7 @@ from neaptide.gateway.shares import CLASSES, Account, Shares
 
 T = TypeVar("T")
 May = Callable[[Account, int], bool]  # whether a request of this account and class may have what is free
+Fits = Callable[[T], bool]  # whether this one could go to a replica that has room
 RATE_SAMPLES = 64  # departures over which the drain rate is measured
 NORMAL = 1
 SPARED = 16
@@ -50,11 +51,14 @@ class _Queue(Generic[T]):
         self.tickets: deque[Ticket[T]] = deque()
         self.waiting = 0
 
-    def first(self) -> Ticket[T] | None:
+    def first(self, fits: Fits[T] | None = None) -> Ticket[T] | None:
+        """Of those that what is free `fits`; it stays."""
         tickets = self.tickets
         while tickets and not tickets[0].waiting:
             tickets.popleft()
-        return tickets[0] if tickets else None
+        if fits is None:
+            return tickets[0] if tickets else None
+        return next((t for t in tickets if t.waiting and fits(t.item)), None)
 
     def compact(self) -> None:
         self.tickets = deque(t for t in self.tickets if t.waiting)
@@ -109,8 +113,13 @@ class Rank(Generic[T]):
                 return queue
         return None
 
-    def first(self, may: May | None) -> Ticket[T] | None:
-        """Of the tenant that has been served least, of those that `may` take what is free. It stays."""
+    def first(self, may: May | None, fits: Fits[T] | None = None) -> Ticket[T] | None:
+        """Of the tenant that has been served least, of those that `may` take what is free and that it `fits`. It
+        stays."""
+        if fits is not None:
+            by_service = sorted(self.queues.values(), key=lambda q: (q.account.served[self._number], q.account.running))
+            allowed = (q for q in by_service if may is None or may(q.account, self._number))
+            return next((t for q in allowed if (t := q.first(fits)) is not None), None)
         queue = self.least()
         if queue is not None and may is not None and not may(queue.account, self._number):
             allowed = (q for q in self.queues.values() if may(q.account, self._number))
@@ -203,9 +212,9 @@ class Line(Generic[T]):
         """Somebody here may have lost a replica, and wait for another of the same kind."""
         return bool(self._again)
 
-    def first(self, now: float, may: May | None = None, fits: Callable[[T], bool] | None = None) -> Ticket[T] | None:
-        """Take the next ticket out of the line, of a tenant that `may` take what is free; of those who lost a replica
-        the first that what is free `fits`. None when none waits, or what is free is kept for somebody else."""
+    def first(self, now: float, may: May | None = None, fits: Fits[T] | None = None) -> Ticket[T] | None:
+        """Take the next ticket out of the line, of a tenant that `may` take what is free, of those that it `fits`.
+        None when none waits, or what is free is kept for somebody else."""
         lost = next((t for t in self._again if t.waiting and (fits is None or fits(t.item))), None)
         if lost is not None:
             return self._depart(lost, now)
@@ -216,11 +225,12 @@ class Line(Generic[T]):
             rank = self._ranks[number]
             if number > kept or not rank.waiting:
                 continue
-            found = rank.first(may)
+            found = rank.first(may, fits)
             if found is not None:
                 rank.departs(found.account)
                 return self._depart(found, now)
-            kept = number  # from these, and so from those below them
+            if fits is None or rank.first(None, fits) is not None:
+                kept = number  # from these, and so from those below them
         return None
 
     def _depart(self, ticket: Ticket[T], now: float) -> Ticket[T]:
@@ -292,6 +302,13 @@ class Line(Generic[T]):
         if len(departures) < 2 or now <= departures[0]:
             return None
         return (self.ahead(account, rank) + 1) * (now - departures[0]) / len(departures)
+
+    def drain_s(self, now: float) -> float | None:
+        """When all who wait would be served, by the recent drain rate; None where nobody has left lately."""
+        departures = self._departures
+        if len(departures) < 2 or now <= departures[0]:
+            return None
+        return self.waiting * (now - departures[0]) / len(departures)
 
     def ahead(self, account: Account, rank: int) -> float:
         """Who is served before a newcomer: all of higher classes, and of its own class each tenant as many, for its

@@ -100,4 +100,5 @@ def usage(exchange: Exchange, now: float) -> Usage:
         error=exchange.error,
         attempts=tuple(map(Attempt, tried, (*made, counts.output - sum(made)))),
     )
-    return replace(row, engine_s=end.engine_s, kv_token_s=end.kv_token_s) if end else row
+    row = replace(row, engine_s=end.engine_s, kv_token_s=end.kv_token_s) if end else row
+    return replace(row, **exchange.marks) if exchange.marks else row

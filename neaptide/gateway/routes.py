@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from urllib.parse import unquote_to_bytes
 
 import msgspec
 
 from neaptide.clock import wall_s
 from neaptide.errors import RequestError
-from neaptide.gateway import answer, metrics
+from neaptide.gateway import admit, answer, metrics
 from neaptide.gateway.call import Call
 from neaptide.gateway.connection import Connection
 from neaptide.gateway.door import Door
+from neaptide.gateway.route import UNLIMITED, Target
+from neaptide.gateway.secure import Secure
 from neaptide.gateway.server import Server
 from neaptide.table import Cors, DeploymentRow, KeyRow, Limits
 
@@ -25,6 +28,17 @@ MODELS = b"/v1/models"
 OPEN_PAGES = frozenset((b"/health", b"/health/ready", b"/version", b"/metrics"))  # no key needed
 _encode = msgspec.json.Encoder().encode
 
+OF_A_REPLICA: tuple[tuple[str, str, Callable[[Target, float], float]], ...] = (
+    ("neaptide_replica_in_flight", "Requests in flight from here.", lambda t, _: t.in_flight),
+    (
+        "neaptide_replica_limit",
+        "Requests that may be in flight from here.",
+        lambda t, _: t.most if t.most < UNLIMITED else math.inf,
+    ),
+    ("neaptide_replica_up", "1 when it can be reached.", lambda t, now: float(t.reachable(now))),
+    ("neaptide_replica_erring", "1 while it is left out for its errors.", lambda t, _: float(t.erring)),
+)
+
 
 class Routes:
     """The server's Gate."""
@@ -33,6 +47,7 @@ class Routes:
         self.door = door
         self.version = version
         self.server: Server | None = None  # set by whoever assembles
+        self.secure: Secure | None = None  # likewise
 
     def name(self, call: Call) -> None:
         call.name(self.door.ids, wall_s())
@@ -49,7 +64,9 @@ class Routes:
         if not self.door.held:
             raise RequestError(503, "The gateway is starting.", slug="starting", retry_after_s=1.0)
         call.keys = self.door.keys
-        call.key = call.keys.find(call.headers.get(b"authorization"))
+        call.key = key = call.keys.find(call.headers.get(b"authorization"), call.wall_s)
+        if key.scopes:
+            admit.check_scope(key, admit.SCOPE_OF.get(route, "inference"))
         call.route = route
         coding = call.headers.get(b"content-encoding")
         if coding is not None and coding.lower() != b"identity":
@@ -61,9 +78,12 @@ class Routes:
             )
 
     def again(self, call: Call, body: bytes, now: float) -> bool:
+        now_wall_s, key = wall_s(), call.key
         if call.keys is not self.door.keys:  # the table has changed since
             return False
-        call.renew(body, now, self.door.ids, wall_s())
+        if key is not None and key.expires_wall_s is not None and now_wall_s >= key.expires_wall_s:
+            return False
+        call.renew(body, now, self.door.ids, now_wall_s)
         return True
 
     def enter(self, connection: Connection, call: Call, now: float) -> None:
@@ -83,7 +103,8 @@ class Routes:
     def _judge_page(self, call: Call, path: bytes) -> None:
         if path == MODELS or path.startswith(MODELS + b"/"):
             _check_method(call, b"GET, HEAD")
-            call.key = self.door.keys.find(call.headers.get(b"authorization"))
+            call.key = self.door.keys.find(call.headers.get(b"authorization"), call.wall_s)
+            admit.check_scope(call.key, "models")
             if path != MODELS:
                 self._model(call)
         elif path in OPEN_PAGES:
@@ -133,16 +154,24 @@ class Routes:
         for model, lane in lanes:
             labels = f'model_name="{metrics.escape(model)}"'
             yield "vllm:num_requests_waiting", "Requests waiting in the gateway.", labels, len(lane.line)
-        for target in door.targets.values():  # of a pool under the pool's name, once
-            labels = f'model_name="{metrics.escape(target.row.model)}",replica="{metrics.escape(target.row.id)}"'
-            yield "neaptide_replica_in_flight", "Requests in flight from here.", labels, target.in_flight
-        for target in door.targets.values():
-            labels = f'model_name="{metrics.escape(target.row.model)}",replica="{metrics.escape(target.row.id)}"'
-            yield "neaptide_replica_up", "1 when it can be reached.", labels, float(target.reachable(now))
+        for model, lane in lanes:
+            if lane.cache is not None:
+                labels = f'model_name="{metrics.escape(model)}"'
+                yield "neaptide_cache_bytes", "Answers kept and being recorded.", labels, lane.cache.held_bytes
+        for model, lane in lanes:
+            if lane.relief is not None:
+                labels = f'model_name="{metrics.escape(model)}"'
+                yield "neaptide_degrade_steps", "Steps under pressure in force.", labels, lane.relief.level.steps
+        for name, text, read in OF_A_REPLICA:
+            for target in door.targets.values():  # of a pool under the pool's name, once
+                labels = f'model_name="{metrics.escape(target.row.model)}",replica="{metrics.escape(target.row.id)}"'
+                yield name, text, labels, read(target, now)
         yield "neaptide_in_flight", "Requests in this gateway.", "", len(door.live)
         if server is not None:
             yield "neaptide_connections", "Client connections.", "", len(server.connections)
             yield "neaptide_body_bytes", "Request bodies held.", "", server.body_bytes
+        if self.secure is not None:
+            yield from self.secure.gauges(wall_s())
         if door.access is not None:
             yield "neaptide_access_log_dropped", "Access log lines dropped.", "", door.access.dropped
 
@@ -158,7 +187,7 @@ class Routes:
 PREFLIGHT = (
     b"access-control-allow-methods: GET, POST\r\naccess-control-max-age: 600\r\n"
     b"access-control-allow-headers: authorization, content-type, x-request-id, x-neaptide-priority, "
-    b"x-neaptide-deadline-ms, x-neaptide-conversation, "
+    b"x-neaptide-deadline-ms, x-neaptide-conversation, x-neaptide-revision, x-neaptide-cache, x-neaptide-degrade, "
     b"x-stainless-arch, x-stainless-async, x-stainless-lang, x-stainless-os, "
     b"x-stainless-package-version, x-stainless-read-timeout, x-stainless-retry-count, x-stainless-runtime, "
     b"x-stainless-runtime-version, x-stainless-timeout\r\n"

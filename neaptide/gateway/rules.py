@@ -34,7 +34,10 @@ def cors_lines(call: Call, cors: Cors) -> bytes:
         return b"vary: origin\r\n"
     return (
         b"access-control-allow-origin: %b\r\nvary: origin\r\n"
-        b"access-control-expose-headers: x-request-id, x-neaptide-request-id, retry-after\r\n" % origin
+        b"access-control-expose-headers: x-request-id, x-neaptide-request-id, x-neaptide-cache, x-neaptide-degraded, "
+        b"age, retry-after, "
+        b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+        b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens\r\n" % origin
     )
 
 

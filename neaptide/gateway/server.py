@@ -17,6 +17,7 @@ class Server:
         self.connections: set[Connection] = set()
         self.body_bytes = 0  # request bodies held now
         self.draining = False
+        self.mutual = False  # TLS clients show certificates
         self.date = answer.DateLine(wall_s())
 
     def __call__(self) -> Connection:

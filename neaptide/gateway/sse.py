@@ -141,7 +141,7 @@ class HideUsage:
         if self.held:
             data, self.held = self.held + data, b""
         if not ends_event(data):
-            cut = _last_boundary(data)
+            cut = last_boundary(data)
             data, rest = data[:cut], data[cut:]
             if len(rest) > EVENT_BYTES:  # not an event stream that we understand: pass it on
                 return data + rest
@@ -170,7 +170,7 @@ class HideUsage:
         return not read.choices and bytes(read.usage).startswith(b"{")
 
 
-def _last_boundary(data: bytes) -> int:
+def last_boundary(data: bytes) -> int:
     """Where the last whole event ends; 0 when none does."""
     lf, crlf = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
     return max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)

@@ -18,15 +18,18 @@ import msgspec
 
 from neaptide import __version__
 from neaptide.clock import mono_s
+from neaptide.errors import ConfigError
 from neaptide.gateway.repeat import MISSES_AT_MOST, Repeat, learn, whole_chunks
 from neaptide.gateway.upstream import AnswerHead, Failure, Sink, read_head
 from neaptide.table import ReplicaRow
+from neaptide.tls.trust import SYSTEM, Trust, Why, why_untrusted
 
 log = logging.getLogger("neaptide.gateway")
 
 HEAD_AT_MOST = 64 << 10
 IDLE_AT_MOST = 1024  # connections kept for reuse
 IDLE_S = 60.0  # how long one is kept
+QUIET_S = 60.0  # between two log lines about a replica's TLS
 WHOLE_WRITE = 64 << 10  # smaller requests go out as one piece
 ROUTES = {"chat.completions": "/chat/completions", "completions": "/completions", "tokenize": "/tokenize"}
 
@@ -34,13 +37,16 @@ ROUTES = {"chat.completions": "/chat/completions", "completions": "/completions"
 class HttpPool:
     """The connections to one replica."""
 
-    def __init__(self, row: ReplicaRow, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, row: ReplicaRow, loop: asyncio.AbstractEventLoop, trust: Trust | None = None) -> None:
         url = urlsplit(row.endpoint)
         self.name = row.id
         self._loop = loop
         self._host = url.hostname or "127.0.0.1"
-        self._tls = ssl.create_default_context() if url.scheme == "https" else None
+        self._tls = (row.tls or SYSTEM) if url.scheme == "https" else None
+        self._trust = trust or Trust()
+        self._server_name = (self._tls.server_name or self._host) if self._tls else None
         self._port = url.port or (443 if self._tls else 80)
+        self._quiet_until_s = 0.0
         self._idle: list[Connection] = []
         self._closed = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,13 +111,26 @@ class HttpPool:
                     lambda: connection,
                     self._host,
                     self._port,
-                    ssl=self._tls,
-                    server_hostname=self._host if self._tls else None,
+                    ssl=self._trust.context(self._tls) if self._tls else None,
+                    server_hostname=self._server_name,
                 )
         except TimeoutError:
             connection.fail("replica_connect_timeout", f"did not accept a connection within {timeout_s:g} s")
-        except (OSError, ssl.SSLError) as e:
+        except ConfigError as e:
+            why = Why("cannot be asked: our files for its TLS are not in order", f"{e.what}: {e.fix}")
+            connection.fail("replica_tls", self.untrusted(why))
+        except ssl.SSLError as e:
+            connection.fail("replica_tls", self.untrusted(why_untrusted(e)))
+        except OSError as e:
             connection.fail("replica_unreachable", f"refused the connection ({e.strerror or e})")
+
+    def untrusted(self, why: Why) -> str:
+        """What the client is told; where and what to do is the operator's to know, and logged."""
+        now = mono_s()
+        if now >= self._quiet_until_s:
+            self._quiet_until_s = now + QUIET_S
+            log.warning("the replica %s at %s %s: %s", self.name, self._host, why.reason, why.fix)
+        return why.reason
 
 
 class Connection(asyncio.Protocol):
@@ -220,6 +239,8 @@ class Connection(asyncio.Protocol):
             sink.on_failure(Failure("replica_broke_off", f"broke off its answer ({exc or 'connection closed'})"))
         elif self.uses > 1:  # a stale keep-alive connection: nothing was read, nothing came
             self._pool.send_fresh(sink)
+        elif isinstance(exc, ssl.SSLError):  # in TLS 1.3 what it thinks of our certificate comes after the handshake
+            sink.on_failure(Failure("replica_tls", self._pool.untrusted(why_untrusted(exc)), True, True))
         else:
             sink.on_failure(Failure("replica_reset", "closed the connection without an answer", True, True))
 

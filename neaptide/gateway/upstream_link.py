@@ -198,7 +198,7 @@ class LinkClient:
         self._wire = wire
         self.target.resumes, self.target.replayable = hello.resumes, _replayable(hello)
         self.target.connected = not self._closing
-        self.target.answered()
+        self.target.answered(mono_s())
 
     def lost(self, wire: Wire) -> None:
         if self._wire is not wire:

@@ -13,7 +13,7 @@ from zlib import crc32
 
 import msgspec
 
-from neaptide.types import Attempt, Begin, Usage
+from neaptide.types import Attempt, Begin, Paid, Usage
 
 MAX_RECORD = 4096  # bytes; what the journal keeps free for the end record of each running request
 HEAD_BYTES = 11  # crc, space, kind, space
@@ -34,8 +34,12 @@ FIELD_BYTES = {
     "finish": 32,
     "error": 192,
     "degraded": 64,
+    "cache": 16,
 }
 MAX_ATTEMPTS = 6
+MAX_ATTEMPTS_PAID = 2  # where a row has payments too, which are money: a key is under at most MAX_PAID budgets
+MAX_PAID = 8
+PAID_BYTES = 104  # of a budget's name, which control keeps shorter
 INT_LIMIT = 2**63 - 1
 
 _json = msgspec.json.Encoder()
@@ -90,9 +94,14 @@ def bounded(record: Begin | Usage) -> Begin | Usage:
         elif isinstance(value, int) and not isinstance(value, bool):
             changes[name] = max(-INT_LIMIT, min(INT_LIMIT, value))
     if isinstance(record, Usage):
-        last = record.attempts[-MAX_ATTEMPTS:]  # the last are the ones that answered
+        most = MAX_ATTEMPTS_PAID if record.paid else MAX_ATTEMPTS
+        last = record.attempts[-most:]  # the last are the ones that answered
         changes["attempts"] = tuple(
             Attempt(_cut(a.replica, FIELD_BYTES["replica"]), max(0, min(INT_LIMIT, a.tokens))) for a in last
+        )
+        changes["paid"] = tuple(
+            Paid(_cut(budget, PAID_BYTES), max(0, min(INT_LIMIT, reserved)), max(0, min(INT_LIMIT, cost)))
+            for budget, reserved, cost in record.paid[:MAX_PAID]
         )
     return msgspec.structs.replace(record, **changes)
 

@@ -16,8 +16,10 @@ from neaptide.errors import RequestError
 
 MAX_MODEL_CHARS = 256
 MOST_TOKENS = 2**31 - 1
+MOST_ANSWERS = 1024
 
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=MOST_TOKENS)]
+_Answers = Annotated[int, msgspec.Meta(ge=0, le=MOST_ANSWERS)]
 
 
 class Peek(msgspec.Struct, frozen=True, gc=False):
@@ -51,7 +53,15 @@ class _Sampled(msgspec.Struct, gc=False):
     logprobs: bool | int | None = None
 
 
+class _Wanted(msgspec.Struct, gc=False):
+    n: _Answers | None = None
+    best_of: _Answers | None = None
+    prompt: msgspec.Raw = msgspec.Raw()
+
+
 _decode = msgspec.json.Decoder(_Asked).decode
+_decode_wanted = msgspec.json.Decoder(_Wanted).decode
+_decode_prompts = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_sampled = msgspec.json.Decoder(_Sampled).decode
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _encode = msgspec.json.Encoder().encode
@@ -103,12 +113,32 @@ def replays(body: bytes) -> frozenset[str]:
     return frozenset(name for name, used in found.items() if used)
 
 
-def splice(body: bytes, *, model: str | None = None, include_usage: bool = False) -> bytes:
-    """`body` with `model` replaced and/or `stream_options.include_usage` set to true; nested values elsewhere keep
-    their bytes. `body` must be one that `peek` accepted."""
+def answers(body: bytes) -> int:
+    """How many answers of max_tokens each a body that `peek` accepted asks for, at least 1: `n` or `best_of`, for each
+    prompt of a list. RequestError 400 where `n` or `best_of` is no such number."""
+    try:
+        wanted = _decode_wanted(body)
+    except msgspec.ValidationError as e:
+        raise _mistyped(str(e)) from None
+    prompts, listed = 1, bytes(wanted.prompt).lstrip()
+    if listed.startswith(b"["):
+        found = _decode_prompts(listed)
+        if found and bytes(found[0]).lstrip()[:1] in (b'"', b"["):  # else the ids of one prompt
+            prompts = len(found)
+    return prompts * max(1, wanted.n or 1, wanted.best_of or 1)
+
+
+def splice(
+    body: bytes, *, model: str | None = None, include_usage: bool = False, max_tokens: int | None = None
+) -> bytes:
+    """`body` with `model` replaced, `stream_options.include_usage` set to true, the most tokens set (under the name
+    that counts there); nested values elsewhere keep their bytes. `body` must be one that `peek` accepted."""
     fields = _fields.decode(body)
     if model is not None:
         fields["model"] = msgspec.Raw(_encode(model))
+    if max_tokens is not None:
+        newer = bytes(fields.get("max_completion_tokens", b"null")).strip() != b"null"
+        fields["max_completion_tokens" if newer else "max_tokens"] = msgspec.Raw(_encode(max_tokens))
     if include_usage:
         options = fields.get("stream_options")
         inner = {} if options is None or bytes(options).strip() == b"null" else _fields.decode(options)
