@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from neaptide.cache.minilm import MiniLM, find, read_safetensors
 from neaptide.errors import ConfigError
 
-WORDS = "[UNK] [CLS] [SEP] how do i reset my password please boil an egg".split()
+WORDS = ["[UNK]", "[CLS]", "[SEP]", "how", "do", "i", "reset", "my", "password", "please", "boil", "an", "egg"]
 LAYERS, SIZE, HEADS, INNER, PLACES = 2, 16, 4, 32, 12
 CONFIG = {
     "hidden_size": SIZE,

@@ -39,8 +39,8 @@ def told_apart(one: str, other: str) -> str:
         ("turn it on", "turn it off", "opposites"),
         ("upload a file", "download a file", "opposites"),
         ("who did it", "when did it", "opposites"),
-        ("什么是容器", "什么是容器", "language"),  # noqa: RUF001
-        ("is it safe", "это безопасно", "language"),  # noqa: RUF001
+        ("什么是容器", "什么是容器", "language"),
+        ("is it safe", "это безопасно", "language"),
     ],
 )
 def test_what_changes_the_answer_is_told_apart(one: str, other: str, by: str) -> None:
@@ -67,15 +67,13 @@ def test_what_does_not_change_the_answer_is_let_through(one: str, other: str) ->
     assert told_apart(one, other) == ""
 
 
-LATIN = st.text(st.characters(max_codepoint=0x17F), max_size=80)
+LATIN = st.text("".join(chr(c) for c in range(32, 127)) + "\u00e9\u00fc\u2019", max_size=80)
 
 
 @given(LATIN, LATIN)
 def test_a_difference_is_of_both_and_none_is_of_itself(one: str, other: str) -> None:
     assert told_apart(one, other) == told_apart(other, one)
     assert told_apart(one, one) == ""
-
-
 
 
 @given(
@@ -88,7 +86,7 @@ def test_another_number_is_always_caught(pattern: str, one: int, other: int) -> 
     assert (found == "") == (one == other)
 
 
-@given(st.text(max_size=300))
+@given(st.text(max_size=100))
 def test_any_text_can_be_marked(text: str) -> None:
     found = marks(text)
     assert difference(found, found) == ("language" if found.foreign else "")

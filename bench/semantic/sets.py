@@ -1,10 +1,10 @@
 """The questions that the semantic cache is measured on: two sets, each question with the answer that it wants.
 
-    alike     questions.txt: groups of look-alikes, 753 phrasings of 315 questions, written for this. Adversarial: most
-              of what is near wants another answer
-    support   what people ask of one product: the patterns that the guide model is taught with (tools/guide/topics), one
-              question a pattern, the topic as its answer. Topics are asked about unequally: the one of rank r keeps
-              r^-1/3 of its patterns (Zipf's r^-1 would leave 400 questions)
+- alike: questions.txt: groups of look-alikes, 753 phrasings of 315 questions, written for this. Adversarial: most
+  of what is near wants another answer
+- support: what people ask of one product: the patterns that the guide model is taught with (tools/guide/topics), one
+  question a pattern, the topic as its answer. Topics are asked about unequally: the one of rank r keeps
+  r^-1/3 of its patterns (Zipf's r^-1 would leave 400 questions)
 """
 
 from __future__ import annotations

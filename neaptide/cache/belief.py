@@ -64,7 +64,7 @@ class Belief:
         return (tried - int((self._tried & self._right).sum()) + 1) / (tried + 2)
 
     def wrong(self, near: Near) -> float:
-        """How likely the kept answer is wrong, 0 to 1: the curve's mean over the posterior, as MacKay approximates it."""
+        """How likely the kept answer is wrong, 0 to 1: the curve's mean over the posterior (MacKay's)."""
         x = np.array(near.scaled())
         variance = float(x @ self._covariance @ x)
         return float(_sigmoid(-(x @ self._weights) / np.sqrt(1 + np.pi / 8 * variance)))

@@ -19,49 +19,82 @@ _QUOTED = re.compile(r"[\"`]([^\"`]{1,200})[\"`]|(?<!\w)'([^'\n]{1,200})'(?!\w)"
 _SYMBOLS = re.compile(r"[^\s\w.,;:!?'\"()`-]+|(?<=\w)[+#]+|--?\w[\w-]*|\w*[_/\\@.]\w[\w/\\@.]*")
 _FOREIGN = re.compile(r"[^\u0000-\u024f\u2000-\u206f\u20a0-\u20cf]")  # beyond Latin: the embedder knows English
 _ENDS = re.compile(r"[.!?]\s+$|^\s*$")
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 _COUNTS = {
     word: str(number)
     for number, words in enumerate(
-        "zero;one once single;two twice both double pair;three thrice triple;four;five;six;seven;eight;nine;ten;eleven;"
-        "twelve dozen;thirteen;fourteen;fifteen;sixteen;seventeen;eighteen;nineteen;twenty".split(";")
+        _words(
+            "zero one/once/single two/twice/both/double/pair three/thrice/triple four five six seven eight nine ten"
+            " eleven twelve/dozen thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
+        )
     )
-    for word in words.split()
+    for word in words.split("/")
 } | {
     word: f"{number}."
-    for number, word in enumerate("second third fourth fifth sixth seventh eighth ninth tenth".split(), start=2)
+    for number, word in enumerate(_words("second third fourth fifth sixth seventh eighth ninth tenth"), start=2)
 }
 _SCALES = frozenset(
-    "thirty forty fifty sixty seventy eighty ninety hundred thousand million billion trillion half quarter percent"
-    " second seconds minute minutes hour hours day days week weeks month months year years".split()
+    _words(
+        "thirty forty fifty sixty seventy eighty ninety hundred thousand million billion trillion half quarter"
+        " percent seconds minute minutes hour hours day days week weeks month months year years"
+    )
 )
 _NEGATIONS = frozenset(
-    "no not never none nobody nothing nowhere neither nor without cannot cant dont wont isnt arent doesnt didnt wasnt"
-    " werent shouldnt couldnt wouldnt hasnt havent hadnt except unless lack lacks lacking fail fails failed avoid"
-    " prevent prevents exclude excluding refuse refuses other than".split()
-) - {"than"}
+    _words(
+        "no not never none nobody nothing nowhere neither nor without cannot cant dont wont isnt arent doesnt didnt"
+        " wasnt werent shouldnt couldnt wouldnt hasnt havent hadnt except unless lack lacks lacking fail fails failed"
+        " avoid prevent prevents exclude excluding refuse refuses other"
+    )
+)
 _PREFIX = re.compile(r"^(?:un|in|im|ir|il|dis|non|mis|de|anti)-?(?=\w{3})")
+_ROOTS = frozenset(
+    _words(
+        "safe able available aware certain clear common complete conscious correct healthy happy important known"
+        " legal likely limited lock lucky necessary official pack popular possible reliable secure stable successful"
+        " sure tested true usual used valid visible wanted well zip active accurate adequate appropriate capable"
+        " compatible consistent convenient credible definite dependent direct effective efficient expensive finite"
+        " formal frequent sane sensitive significant sufficient tolerant variable mature mobile moral mutable patient"
+        " perfect personal polite practical precise proper pure rational regular relevant replaceable resistible"
+        " respective responsible agree allow allowed appear approve arm assemble associate connect continue cover"
+        " enable enabled engage honest infect integrate like locate mount obey order own place prove qualify regard"
+        " respect satisfied trust alcoholic blocking empty existent fiction linear profit smoking stop trivial zero"
+        " fat toxic vegetarian behave configured lead leading match print pronounce read represent spell take"
+        " understand use activate allocate compile compose compress couple crypt duplicate fault generate grade"
+        " hydrate magnetise normalise populate serialize serialise stabilise value virus social body septic edible"
+        " eligible equal essential fair familiar finished forgettable fortunate friendly grateful helpful intentional"
+        " interesting interested married natural paid pleasant productive professional qualified realistic reasonable"
+        " related restricted signed solved stoppable supervised supported surprising suitable taxed tidy typical"
+        " usable verified willing written"
+    )
+)
 _OPPOSITES = (
-    "more/less/fewer most/least max/min maximum/minimum highest/lowest high/low higher/lower large/small larger/smaller"
-    " largest/smallest big/little long/short longer/shorter longest/shortest fast/slow faster/slower fastest/slowest"
-    " early/late earlier/later earliest/latest before/after first/last old/new/young older/newer/younger"
-    " oldest/newest/youngest good/bad better/worse best/worst cheap/expensive increase/decrease/reduce"
-    " increasing/decreasing/reducing increases/decreases/reduces raise/lower up/down upgrade/downgrade start/stop/restart"
-    " begin/end open/close enable/disable enabled/disabled on/off in/out input/output inputs/outputs inside/outside"
-    " into/from left/right north/south/east/west top/bottom above/below over/under front/back add/remove insert/delete"
-    " create/delete/update buy/sell import/export send/receive push/pull give/take lend/borrow win/lose gain/lose"
-    " profit/loss pros/cons benefits/drawbacks advantages/disadvantages advantage/disadvantage hot/cold warm/cool"
-    " day/night morning/evening/afternoon am/pm today/tomorrow/yesterday past/future/present male/female man/woman"
-    " men/women boy/girl he/she his/her father/mother son/daughter husband/wife accept/reject allow/deny/forbid"
-    " include/exclude attach/detach connect/disconnect lock/unlock encrypt/decrypt encode/decode compress/decompress"
-    " install/uninstall mount/unmount upload/download read/write public/private synchronous/asynchronous sync/async"
-    " horizontal/vertical horizontally/vertically client/server parent/child ascending/descending always/sometimes"
-    " all/some/any every/each many/few much/little legal/illegal love/hate safe/dangerous healthy/sick alive/dead"
-    " rich/poor strong/weak heavy/light wet/dry hard/soft difficult/easy arrive/depart arrival/departure enter/exit"
+    "more/less/fewer most/least max/min maximum/minimum highest/lowest high/low higher/lower large/small"
+    " larger/smaller largest/smallest big/little long/short longer/shorter longest/shortest fast/slow faster/slower"
+    " fastest/slowest early/late earlier/later earliest/latest before/after first/last old/new/young"
+    " older/newer/younger oldest/newest/youngest good/bad better/worse best/worst cheap/expensive"
+    " increase/decrease/reduce increasing/decreasing/reducing increases/decreases/reduces raise/lower up/down"
+    " upgrade/downgrade start/stop/restart begin/end open/close enable/disable enabled/disabled on/off in/out"
+    " input/output inputs/outputs inside/outside into/from left/right north/south/east/west top/bottom above/below"
+    " over/under front/back add/remove insert/delete create/delete/update buy/sell import/export send/receive"
+    " push/pull give/take lend/borrow win/lose gain/lose profit/loss pros/cons benefits/drawbacks"
+    " advantages/disadvantages advantage/disadvantage hot/cold warm/cool day/night morning/evening/afternoon am/pm"
+    " today/tomorrow/yesterday past/future/present male/female man/woman men/women boy/girl he/she his/her"
+    " father/mother son/daughter husband/wife accept/reject allow/deny/forbid include/exclude attach/detach"
+    " connect/disconnect lock/unlock encrypt/decrypt encode/decode compress/decompress install/uninstall"
+    " mount/unmount upload/download read/write public/private synchronous/asynchronous sync/async horizontal/vertical"
+    " horizontally/vertically client/server parent/child ascending/descending always/sometimes all/some/any"
+    " every/each many/few much/little legal/illegal love/hate safe/dangerous healthy/sick alive/dead rich/poor"
+    " strong/weak heavy/light wet/dry hard/soft difficult/easy arrive/depart arrival/departure enter/exit"
     " entrance/exit same/different odd/even positive/negative plus/minus multiply/divide hire/fire next/previous"
     " local/remote own/others who/when/where"
 )
 _SIDES: dict[str, tuple[tuple[str, int], ...]] = {}
-for _pair in _OPPOSITES.split():
+for _pair in _words(_OPPOSITES):
     for _side, _word in enumerate(_pair.split("/")):
         _SIDES[_word] = (*_SIDES.get(_word, ()), (_pair, _side))
 
@@ -135,22 +168,3 @@ def _names(text: str) -> Iterator[str]:
 def _negated(word: str) -> bool:
     """A negating prefix before a word that stands by itself often enough: unsafe, disallow, non-stop."""
     return bool(_PREFIX.match(word)) and _PREFIX.sub("", word, count=1) in _ROOTS
-
-
-_ROOTS = frozenset(
-    "safe able available aware certain clear common complete conscious correct healthy happy important known legal"
-    " likely limited lock lucky necessary official pack popular possible reliable secure stable successful sure tested"
-    " true usual used valid visible wanted well zip active accurate adequate appropriate capable compatible consistent"
-    " convenient correct credible definite dependent direct effective efficient expensive finite formal frequent sane"
-    " sensitive significant sufficient tolerant variable visible mature mobile moral mutable patient perfect personal"
-    " polite possible practical precise proper pure rational regular relevant replaceable resistible respective"
-    " responsible agree allow allowed appear approve arm assemble associate connect continue cover enable enabled engage"
-    " honest infect integrate like locate mount obey order own place prove qualify regard respect satisfied trust"
-    " alcoholic blocking empty existent fiction linear profit smoking stop trivial zero fat toxic vegetarian behave"
-    " configured lead leading match place print pronounce read represent spell take understand use activate allocate"
-    " compile compose compress couple crypt duplicate fault generate grade hydrate magnetise normalise populate"
-    " serialize serialise stabilise value virus social body septic edible eligible equal essential fair familiar"
-    " finished forgettable fortunate friendly grateful helpful intentional interesting interested married natural paid"
-    " pleasant productive professional qualified realistic reasonable related restricted signed solved stoppable"
-    " supervised supported surprising suitable taxed tidy typical usable verified willing written".split()
-)

@@ -50,8 +50,8 @@ def find(folder: str = "") -> Path:
 
 
 class MiniLM:
-    """`threads` of the CPU while it computes; the GIL is free meanwhile. ConfigError with the remedy where OpenVINO or a
-    weight is missing."""
+    """`threads` of the CPU while it computes; the GIL is free meanwhile. ConfigError with the remedy where
+    OpenVINO or a weight is missing."""
 
     def __init__(self, folder: Path, threads: int = 1) -> None:
         ov = _openvino()

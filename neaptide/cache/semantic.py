@@ -1,8 +1,8 @@
 """Which kept answer a question could be served with: the nearest one that no guard tells apart. Pure.
 
     find(vector, marks)   ->  Match: the entry and how near it is; None: nothing near enough to ask a judge about
-    keep(vector, marks, answer)   a question that the model answered. One that a judge found to be the same as a kept one
-                                  is kept with that one's answer: another phrasing of it
+    keep(vector, marks, answer)   a question that the model answered. One that a judge found to be the same as a kept
+                                  one is kept with that one's answer: another phrasing of it
 
 One Shelf holds what may answer each other: the same tenant, model, system prompt, sampling and earlier turns. Bounded:
 the entry that was used longest ago leaves.
