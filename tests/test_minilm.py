@@ -85,7 +85,7 @@ def plain(tensors: Tensors, text: str) -> npt.NDArray[np.float64]:
 
     def norm(x: npt.NDArray[np.float64], name: str) -> npt.NDArray[np.float64]:
         scaled = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
-        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+        return np.asarray(scaled * w[f"{name}.weight"] + w[f"{name}.bias"])
 
     ids = [1, *(WORDS.index(word) for word in text.split()), 2]
     x = w["embeddings.word_embeddings.weight"][ids] + w["embeddings.position_embeddings.weight"][: len(ids)]

@@ -14,6 +14,7 @@ have been right; P(right) is a logistic curve fitted to that; served is what is 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ Floats = npt.NDArray[np.float64]
 REMEMBERED = 2_000  # observations; the oldest go first
 AUDITED = 0.05  # of what would be served, asked and judged all the same
 _PRIOR_SD = 3.0
+_Z95 = 1.645
 _STEPS = 25  # Newton's, at most; one or two from the last fit
 _CLOSE = 1e-3
 
@@ -59,9 +61,11 @@ class Belief:
 
     @property
     def trial(self) -> float:
-        """How likely that is wrong which the curve alone would serve: Laplace's (wrong + 1) / (tried + 2)."""
+        """How much of what the curve alone would serve is wrong, at most: a Poisson count's upper bound, with about 95 %
+        confidence. It holds whatever the form of the curve."""
         tried = int(self._tried.sum())
-        return (tried - int((self._tried & self._right).sum()) + 1) / (tried + 2)
+        wrong = tried - int((self._tried & self._right).sum()) + 1
+        return (wrong + _Z95 * math.sqrt(wrong)) / (tried + 2)
 
     def wrong(self, near: Near) -> float:
         """How likely the kept answer is wrong, 0 to 1: the curve's mean over the posterior (MacKay's)."""
@@ -84,7 +88,8 @@ class Belief:
         weights, loss = self._weights, self._loss(self._weights)
         for _ in range(_STEPS):
             p = _sigmoid(x @ weights)
-            self._covariance = np.linalg.inv(x.T @ (x * (p * (1 - p))[:, None]) + precision)
+            curvature = x.T @ (x * (p * (1 - p))[:, None]) + precision
+            self._covariance = np.asarray(np.linalg.inv(curvature), np.float64)
             step = self._covariance @ (x.T @ (self._right - p) - precision @ weights)
             while (after := self._loss(weights + step)) > loss and np.abs(step).max() > _CLOSE:
                 step = step / 2
@@ -100,4 +105,4 @@ class Belief:
 
 
 def _sigmoid(x: Floats) -> Floats:
-    return np.asarray(np.exp(-np.logaddexp(0, -x)))
+    return np.asarray(np.exp(-np.logaddexp(0, -x)), np.float64)
