@@ -6,7 +6,7 @@ have been right; P(right) is a logistic curve fitted to that; served is what is 
 - the curve is of a deployment, not of each kept question: those are asked about once or twice, which teaches nothing;
 - it sees three things (`Near`), not the similarity alone;
 - it is a posterior (a normal prior, Laplace's approximation): few or one-sided observations are no exception;
-- `error` bounds each answer that is served. vCache's bounds all requests, hits or not: at 1 % it lets 2.5 % of hits be
+- `error` is of the answers that are served. vCache's is of all requests, hits or not: at 1 % it lets 2.5 % of hits be
   wrong;
 - the curve may have the wrong form. So it is tried first: what it would have served is judged, and nothing is served
   while too much of that was wrong.
@@ -61,8 +61,8 @@ class Belief:
 
     @property
     def trial(self) -> float:
-        """How much of what the curve alone would serve is wrong, at most: a Poisson count's upper bound, with about 95 %
-        confidence. It holds whatever the form of the curve."""
+        """How much of what the curve alone would serve is wrong, at most: the upper bound of a count, with about 95 %
+        confidence at each look. It holds whatever the form of the curve."""
         tried = int(self._tried.sum())
         wrong = tried - int((self._tried & self._right).sum()) + 1
         return (wrong + _Z95 * math.sqrt(wrong)) / (tried + 2)
