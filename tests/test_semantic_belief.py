@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neaptide.cache.belief import AUDITED, REMEMBERED, Belief, Near
+from neaptide.cache.belief import AUDITED, Belief, Near
 
 Curve = Callable[[Near], float]
 NEAREST = Near(0.98, 0.4, 0.9)
@@ -119,9 +119,8 @@ def test_the_order_of_what_was_seen_does_not_matter_to_the_curve(
     assert 0.0 <= one.wrong(NEAREST) <= 1.0
 
 
-def test_the_oldest_observations_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neaptide.cache.belief.REMEMBERED", 50)
-    belief, young = Belief(0.1), Belief(0.1)
+def test_the_oldest_observations_are_forgotten() -> None:
+    belief, young = Belief(0.1, remembered=50), Belief(0.1)
     for _ in range(80):
         belief.saw(NEAREST, False)
     for _ in range(50):
@@ -129,4 +128,3 @@ def test_the_oldest_observations_are_forgotten(monkeypatch: pytest.MonkeyPatch) 
         young.saw(NEAREST, True)
     assert belief.wrong(NEAREST) == pytest.approx(young.wrong(NEAREST), abs=1e-4)
     assert belief.count == 130
-    assert REMEMBERED >= 1000

@@ -135,6 +135,8 @@ def main() -> None:
     parser.add_argument("--orders", type=int, default=10)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.orders < 2:
+        parser.error("--orders: at least 2, or nothing can be said of chance")
     model = MiniLM(find())
     found = {}
     for name, asked in (("alike", alike()), ("support", support())):

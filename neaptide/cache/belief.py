@@ -45,10 +45,11 @@ class Belief:
     """What is known of a deployment, where at most `error` (0 to 1) of the hits may be wrong. A fit takes about a
     millisecond, a question to it 20 us; 100 KB at most."""
 
-    __slots__ = ("_covariance", "_right", "_seen", "_tried", "_weights", "count", "error")
+    __slots__ = ("_covariance", "_remembered", "_right", "_seen", "_tried", "_weights", "count", "error")
 
-    def __init__(self, error: float) -> None:
+    def __init__(self, error: float, remembered: int = REMEMBERED) -> None:
         self.error = error
+        self._remembered = remembered
         self.count = 0
         self._seen = np.zeros((0, 4))
         self._right = np.zeros(0, bool)
@@ -75,7 +76,7 @@ class Belief:
 
     def saw(self, near: Near, right: bool) -> None:
         """A judge: the kept answer would have been right, or not."""
-        drop = max(0, len(self._seen) + 1 - REMEMBERED)
+        drop = max(0, len(self._seen) + 1 - self._remembered)
         self._tried = np.append(self._tried[drop:], self.wrong(near) <= self.error)
         self._seen = np.vstack((self._seen[drop:], near.scaled()))
         self._right = np.append(self._right[drop:], right)
