@@ -80,7 +80,7 @@ def mutated(draw: st.DrawFn) -> bytes:
     data = draw(st.sampled_from(VALID))
     for _ in range(draw(st.integers(1, 4))):
         edges = [i + 2 for i in range(len(data) - 1) if data[i : i + 2] == b"\r\n"]
-        at = draw(st.sampled_from(edges) if edges and draw(st.booleans()) else st.integers(0, len(data)))
+        at = draw(st.sampled_from(edges)) if draw(st.booleans()) and edges else draw(st.integers(0, len(data)))
         to = min(len(data), at + draw(st.integers(0, 8)))
         how = draw(st.sampled_from(["put", "cut", "twice", "replace"]))
         piece = draw(SPLINTERS | st.binary(max_size=6))

@@ -116,7 +116,7 @@ def test_rubbish_ends_in_an_answer_an_error_event_or_a_broken_connection(
                     await asyncio.sleep(0)
             raise ConnectionError  # it hangs up
 
-        options = {
+        options: dict[str, Any] = {
             "deployment": {**TIMEOUTS, "max_wait_s": 0.1, "cache": Caching(ttl_s=60)},
             "replica": {"resumes": resumes},
         }

@@ -65,6 +65,7 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_ahead",
         "_ended",
+        "_full",
         "_give_up_s",
         "_held",
         "_in_body",
@@ -96,6 +97,7 @@ class Connection(asyncio.Protocol):
         self._held = b""  # bytes read while serving
         self._seen = 0  # bytes of the unfinished head, then of what follows it
         self._in_body = self._ended = self._stepping = False
+        self._full = False  # the client reads too slowly: nothing more is served until it has caught up
         self._reading = True
         self._linger_bytes = self._misses = 0
         self._known: tuple[Repeat, Call] | None = None  # the last head that came whole, and what it meant
@@ -152,7 +154,7 @@ class Connection(asyncio.Protocol):
                 self.due_s = now + LINGER_S
             else:
                 transport.abort()
-        elif self._incoming is None and not self._seen:
+        elif self._ahead or (self._incoming is None and not self._seen):
             self._ended, self.due_s, self._give_up_s = True, now + LINGER_S, now + GOODBYE_S
             transport.close()
         else:
@@ -342,7 +344,7 @@ class Connection(asyncio.Protocol):
             return
         self._stepping = True
         try:
-            while self._serving is None and self._transport is not None and not self._ended:
+            while self._serving is None and self._transport is not None and not (self._ended or self._full):
                 if self._ahead:
                     self._serve(self._ahead.popleft())
                 elif self._held:
@@ -354,7 +356,7 @@ class Connection(asyncio.Protocol):
                     break
         finally:
             self._stepping = False
-        if self._serving is None and not self._reading and not self._ended:
+        if self._serving is None and not self._reading and not (self._ended or self._full):
             self._resume()
 
     def _serve(self, call: Call) -> None:
@@ -480,9 +482,15 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def pause_writing(self) -> None:
+        self._full = True
         if self.exchange is not None:
             self.exchange.pause(mono_s())
 
     def resume_writing(self) -> None:
+        self._full = False
         if self.exchange is not None:
             self.exchange.resume(mono_s())
+        elif self._ahead or self._held:
+            self._step()
+        elif self._serving is None:
+            self._resume()
