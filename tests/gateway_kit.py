@@ -354,7 +354,7 @@ def connector(loop: asyncio.AbstractEventLoop) -> Callable[[ReplicaRow, Target, 
     hello = Hello(token="boot", role="gateway", name="g")
 
     def connect(row: ReplicaRow, target: Target, on_room: Callable[[], None]) -> Upstream:
-        return LinkClient(row, target, hello, loop, on_room) if target.link else HttpPool(row, loop)
+        return LinkClient(row, target, hello, loop, on_room) if target.link else HttpPool(row, target, loop)
 
     return connect
 

@@ -185,7 +185,11 @@ def test_many_connections_that_fail_at_once_are_one_failure() -> None:
     assert not one.can_take(10.2)
     assert one.can_take(10.25)
     one.take()
-    assert one.can_take(10.25)  # all may try: whether it can be reached shows at once
+    assert not one.can_take(10.25)  # one probe
+    one.reached(10.26)
+    assert one.can_take(10.26)  # that had its connection: the others need not wait for its answer
+    one.failed(10.27, sent_s=10.26)
+    assert (one.failures, one.can_take(10.27 + 0.49)) == (2, False)
 
 
 def test_a_replica_that_answers_500_is_left_out_while_the_others_serve_and_comes_back() -> None:

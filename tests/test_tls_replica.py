@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from neaptide.gateway.route import Target
 from neaptide.gateway.upstream_http import HttpPool
 from neaptide.table import ReplicaRow
 from neaptide.tls.settings import ReplicaTls
@@ -196,7 +197,8 @@ def test_verification_is_on_unless_it_is_switched_off() -> None:
 
 def test_a_pool_by_http_makes_no_context() -> None:
     async def main() -> None:
-        pool = HttpPool(ReplicaRow(id="r", model="m", endpoint="http://h/v1"), asyncio.get_running_loop())
+        row = ReplicaRow(id="r", model="m", endpoint="http://h/v1")
+        pool = HttpPool(row, Target(row), asyncio.get_running_loop())
         assert pool._tls is None
 
     run(main())

@@ -143,7 +143,7 @@ class Gateway:
     def _connect(self, row: ReplicaRow, target: Target, on_room: Callable[[], None]) -> Upstream:
         if target.link:
             return LinkClient(row, target, self._hello, self.loop, on_room)
-        return HttpPool(row, self.loop, self.trust)
+        return HttpPool(row, target, self.loop, self.trust)
 
 
 def main() -> None:

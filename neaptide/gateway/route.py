@@ -87,16 +87,12 @@ class Target:
             return False
         if self.limiter is not None and self.in_flight + 1 > self.limiter.limit:
             return False
-        if self.breaker.opened and not (self._lets(now) or (anyway and self.erring)):
+        if self.breaker.opened and not (self.breaker.lets(now) or (anyway and self.erring)):
             return False
         if not self.link:
             return True
         report = self.report
         return report is not None and (report.rooms.get(model, 0) if report.rooms else report.slots) > self.sent
-
-    def _lets(self, now: float) -> bool:
-        """One that could not be reached is tried by all when its time is up: who connects knows at once."""
-        return now >= self.breaker.until_s if self.failures else self.breaker.lets(now)
 
     def room(self, now: float, model: str = "") -> int:
         """Slots that are free: what it would take only to have it at hand is none."""
@@ -141,6 +137,12 @@ class Target:
         if not self.breaker.opened or sent_s >= self.breaker.opened_s:
             self.failures += 1
             self.breaker.open(now, BACKOFF_S[min(self.failures, len(BACKOFF_S)) - 1])
+
+    def reached(self, now: float) -> None:
+        """A connection to it was made, which says nothing of what it answers: `failures` stay, so that it is left out
+        for longer where it then breaks off."""
+        if self.failures:
+            self.breaker.close(now)
 
     def answered(self, now: float, status: int = 200, sent_s: float = math.inf) -> None:
         """It can be reached, and where that is no error, it works again."""

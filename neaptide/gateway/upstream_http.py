@@ -20,6 +20,7 @@ from neaptide import __version__
 from neaptide.clock import mono_s
 from neaptide.errors import ConfigError
 from neaptide.gateway.repeat import MISSES_AT_MOST, Repeat, learn, whole_chunks
+from neaptide.gateway.route import Target
 from neaptide.gateway.upstream import AnswerHead, Failure, Sink, read_head
 from neaptide.table import ReplicaRow
 from neaptide.tls.trust import SYSTEM, Trust, Why, why_untrusted
@@ -37,9 +38,12 @@ ROUTES = {"chat.completions": "/chat/completions", "completions": "/completions"
 class HttpPool:
     """The connections to one replica."""
 
-    def __init__(self, row: ReplicaRow, loop: asyncio.AbstractEventLoop, trust: Trust | None = None) -> None:
+    def __init__(
+        self, row: ReplicaRow, target: Target, loop: asyncio.AbstractEventLoop, trust: Trust | None = None
+    ) -> None:
         url = urlsplit(row.endpoint)
         self.name = row.id
+        self.target = target
         self._loop = loop
         self._host = url.hostname or "127.0.0.1"
         self._tls = (row.tls or SYSTEM) if url.scheme == "https" else None
@@ -185,6 +189,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's own class does not inherit it
+        self._pool.target.reached(mono_s())
         if self.sink is None:  # aborted while it connected
             self._pool.put_back(self, mono_s())
         else:
