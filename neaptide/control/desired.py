@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
@@ -15,6 +16,7 @@ from neaptide.types import Deployment, Revision, Slo
 
 AT_NEXT_UP = ("listen", "tls", "admin", "gateways", "journal", "access_log", "ledger")
 NO_PRICES = Prices()
+DATABASE = re.compile(r"(?s)\A(?P<who>[^:]*://[^:/]*(:[^@]*)?@([^?]*@)?)?(?P<where>[^?]*).*")  # its query may hold a password
 # What makes another revision: the weights, the engine and how it runs. Prices, SLO and limits do not.
 REVISION_KEYS = ("source", "engine", "options", "prefix_cache", "max_tokens_default", "replicas")
 
@@ -191,8 +193,8 @@ def redacted(settings: Settings) -> dict[str, object]:
             for replica in model.get("replicas", ()):
                 replica["key"] = "***" if replica.get("key") else ""
     ledger = shown.get("ledger")
-    if isinstance(ledger, dict) and "@" in str(ledger.get("url")):
-        ledger["url"] = "***@" + str(ledger["url"]).rpartition("@")[2]
+    if isinstance(ledger, dict):
+        ledger["url"] = DATABASE.sub(lambda url: ("***@" if url["who"] else "") + url["where"], str(ledger["url"]))
     return shown
 
 
