@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import signal
 import socket
-import urllib.parse
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from neaptide.control.desired import deployment, difference, grouped, members, r
 from neaptide.control.gate import Access
 from neaptide.control.gpus import GpuWatch
 from neaptide.control.guard import Front
-from neaptide.control.listen import AdminServer
+from neaptide.control.listen import AdminServer, hosts
 from neaptide.control.loop import Loop, in_flight
 from neaptide.control.port import (
     ApplyReport,
@@ -166,7 +165,8 @@ class Control:
 
     async def _serve_admin(self, access: Access, tasks: tuple[asyncio.Task[None], ...]) -> None:
         front = self._make_front(self) if self._make_front else None
-        app = build_app(self, access, _names(self.spec.admin_url), front=front)
+        names = hosts(self.spec.admin_url, self.settings.admin.listen, self.served)
+        app = build_app(self, access, names, front=front)
         tasks = (*tasks, asyncio.create_task(front.run())) if front else tasks
         server = AdminServer(app, self.served)
         serving = asyncio.create_task(server.serve([socket.socket(fileno=self.spec.admin_fd)]))
@@ -464,11 +464,6 @@ def locate(model: ModelSettings, cache: Path, say: Callable[[str], None], store:
         return Weights()
     found = resolve(model.source, cache, say, store)
     return Weights(str(found.path), found.digest, found.precision)
-
-
-def _names(url: str) -> tuple[str, ...]:
-    """The host that the operator gave the admin listener: browsers may use it."""
-    return (host,) if (host := urllib.parse.urlsplit(url).hostname) else ()
 
 
 def _kept(state: StateDir) -> tuple[str, Path]:
