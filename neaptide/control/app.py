@@ -59,6 +59,7 @@ from neaptide.control.port import (
 from neaptide.control.prime import Priming
 from neaptide.control.publish import Gateway, Publisher
 from neaptide.control.scaling import Scaling, check
+from neaptide.cost.prices import rates
 from neaptide.errors import ConfigError, NeaptideError
 from neaptide.fleet import cores
 from neaptide.fleet.line import starts_at_once
@@ -368,6 +369,7 @@ class Control:
                 f"origin {origin!r} is not an absolute path", code="E605", fix="send the file's full path"
             )
         new = parse(text, str(place), place.parent)
+        rates(new.prices)  # a price that is none is refused before anything has changed
         ids: dict[str, list[str]] = {}
         for r in self.replicas:
             ids.setdefault(r.deployment, []).append(r.id)
