@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neaptide.config import DEFAULT_TEXT, Settings, host_port, load, parse
-from neaptide.control.desired import redacted
+from neaptide.control.desired import difference, redacted
 from neaptide.elastic import span_s
 from neaptide.errors import ConfigError
 
@@ -180,6 +180,20 @@ def test_a_databases_password_comes_from_elsewhere_and_is_shown_to_nobody(
     settings = parse("models: {guide: {}}\nledger: {url: 'env:LEDGER'}", "x")
     assert settings.ledger.url == url
     assert redacted(settings)["ledger"] == {"url": shown, "retention_days": 400.0}
+
+
+def test_what_waits_for_the_next_up_is_named_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def notes(old: str, new: str) -> list[str]:
+        before, after = (parse(f"models: {{guide: {{}}}}\n{text}", "x") for text in (old, new))
+        return [note.partition(" ")[0] for note in difference(before, after, {}, dry_run=True).notes]
+
+    monkeypatch.setenv("ONE", "postgresql://u:one@h/db")
+    monkeypatch.setenv("TWO", "postgresql://u:two@h/db")
+    assert notes("", "journal: {retention_days: 3}\nledger: {retention_days: 30}") == []
+    assert notes("", "journal: {segment_mib: 16, retention_days: 3}") == ["journal.segment_mib"]
+    assert notes("ledger: {url: 'env:ONE'}", "ledger: {url: 'env:TWO'}") == ["ledger.url"]
+    assert notes("", "gateways: 2\nadmin: {listen: '127.0.0.1:9'}") == ["admin", "gateways"]
+    assert notes("", "tls: {cert: a.crt, key: a.key}") == ["tls"]
 
 
 def test_a_database_without_a_password_may_stand_in_the_file() -> None:
