@@ -19,6 +19,7 @@ import msgspec
 from neaptide import __version__, lifeline
 from neaptide.clock import mono_s, wall_s
 from neaptide.config import DEFAULT_TEXT, Settings, host_port, load
+from neaptide.cost.prices import rates
 from neaptide.errors import NeaptideError, ProcessError
 from neaptide.fleet.listen import address, bind
 from neaptide.fleet.process import ChildSpec
@@ -64,6 +65,7 @@ def configuration(options: UpOptions) -> tuple[Settings, str, Path]:
     if options.config is None and not path.exists():
         path.write_text(DEFAULT_TEXT, encoding="utf-8")
     settings = load(path)
+    rates(settings.prices)  # the books would only find out later
     text = path.read_text(encoding="utf-8")
     if options.port is not None:
         host, _ = host_port(settings.listen)

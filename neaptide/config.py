@@ -13,7 +13,7 @@ import os
 import re
 from pathlib import Path
 from typing import Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 import yaml
@@ -34,6 +34,7 @@ models:
   guide: {}   # the built-in model
 """
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+PASSWORD = re.compile(r"[^:]*://[^:/]*:[^@]+@")  # in a database's URL, as SQLAlchemy reads it
 POOLED = 4  # models in one replica, at most
 MOST_UNEQUAL = (0.01, 100.0)  # weights of tenants
 FULL_USE = {  # a metric's value at full use, where its exporter fixes it
@@ -110,7 +111,7 @@ class JournalSettings(Part, frozen=True, kw_only=True):
 
 
 class LedgerSettings(Part, frozen=True, kw_only=True):
-    url: str = ""  # "" = sqlite in the state directory; postgresql://... by URL (env:NAME allowed)
+    url: str = ""  # "" = sqlite in the state directory; postgresql://...; one with a password by env:NAME
     retention_days: float = 400.0
 
 
@@ -463,4 +464,7 @@ def _remote(r: RemoteReplica, key: str, base: Path) -> RemoteReplica:
 def _ledger(ledger: LedgerSettings) -> LedgerSettings:
     if ledger.url.startswith(("env:", "file:")):
         return msgspec.structs.replace(ledger, url=secret(ledger.url, "ledger.url"))
+    if PASSWORD.match(ledger.url) or "password=" in unquote(ledger.url.partition("?")[2]):
+        what = "ledger.url: a password in the file itself"
+        raise ConfigError(what, code="E106", fix="write ledger.url: env:NAME or file:PATH")
     return ledger

@@ -27,6 +27,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from neaptide.link import MAX_FRAME
 from neaptide.tls.settings import ReplicaTls
 from neaptide.types import Rate
 
@@ -389,21 +390,22 @@ def apply(table: Table, delta: Delta) -> Table | None:
     return Table(fast=Fast(version=delta.fast, replicas=tuple(replicas.values())), slow=slow)
 
 
-KEYS_A_FRAME = 1_000  # a key row is some hundred bytes, its budgets included: a frame stays below its limit
+PART_BYTES = MAX_FRAME // 2  # of a part with its keys; the longest row still fits beside it
 
 
 def parts(delta: Delta) -> list[Delta]:
-    """`delta` cut so that each part fits one frame; applied in order they equal it."""
-    keys = delta.keys_put
-    first = msgspec.structs.replace(delta, keys_put=keys[:KEYS_A_FRAME])
-    more = [
-        Delta(
-            base_fast=delta.fast,
-            base_slow=delta.slow,
-            fast=delta.fast,
-            slow=delta.slow,
-            keys_put=keys[i : i + KEYS_A_FRAME],
-        )
-        for i in range(KEYS_A_FRAME, len(keys), KEYS_A_FRAME)
-    ]
-    return [first, *more]
+    """`delta` with its keys cut so that each part fits one frame; applied in order they equal it. The first part
+    carries all that is not a key."""
+    first = msgspec.structs.replace(delta, keys_put=())
+    used = len(msgspec.json.encode(first))
+    cuts: list[list[KeyRow]] = [[]]
+    for row in delta.keys_put:
+        size = len(msgspec.json.encode(row)) + 1  # and a comma
+        if used and used + size > PART_BYTES:
+            used = 0
+            cuts.append([])
+        used += size
+        cuts[-1].append(row)
+    rest = Delta(base_fast=delta.fast, base_slow=delta.slow, fast=delta.fast, slow=delta.slow)
+    more = [msgspec.structs.replace(rest, keys_put=tuple(rows)) for rows in cuts[1:]]
+    return [msgspec.structs.replace(first, keys_put=tuple(cuts[0])), *more]

@@ -110,7 +110,9 @@ class FakeControl:
         )  # fmt: skip
 
     async def config(self) -> ConfigView:
-        return ConfigView(path="", text=self.text, settings={"currency": "CNY", "prices": self.prices})
+        models = {"guide": {"cache": {"price": 0.1}}}
+        settings = {"currency": "CNY", "prices": self.prices, "models": models}
+        return ConfigView(path="", text=self.text, settings=settings)
 
     async def decisions(self, limit: int) -> Decisions:
         rows = [Decision(wall_s=float(i), reasons=(f"reason {i}",)) for i in range(5, 0, -1)]

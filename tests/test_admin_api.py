@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
@@ -15,13 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neaptide.clock import RealClock
-from neaptide.control.admin import OPERATIONS
+from neaptide.control.admin import OPERATIONS, build_app
 from neaptide.control.admins import Admins
 from neaptide.control.guard import MAX_BODY
 from neaptide.control.port import Status
 from neaptide.errors import ConfigError, StorageError
 from neaptide.fleet.state import StateDir
-from tests.admin_fake import TOKEN, FakeControl, admin_server
+from tests.admin_fake import TOKEN, FakeControl, access, admin_server
 
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -104,6 +105,31 @@ def test_a_foreign_host_is_refused_even_with_the_token(api: Api, host: str) -> N
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8001", "127.0.0.1:9", "[::1]:8001", "10.1.2.3"])
 def test_local_names_and_addresses_are_served(api: Api, host: str) -> None:
     assert api.ask("GET", "/api/v1/status", headers={**BEARER, "Host": host})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("a.ops.example.com:8001", 200),
+        ("A.OPS.example.com", 200),
+        ("ops.example.com", 403),
+        ("b.a.ops.example.com", 403),
+    ],
+)
+def test_a_name_of_the_certificate_is_served(tmp_path: Path, host: str, status: int) -> None:
+    app = build_app(FakeControl(tmp_path), access(tmp_path), ("*.ops.example.com",))
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.request"}
+
+    scope = {"type": "http", "method": "GET", "path": "/health", "headers": [(b"host", host.encode())],
+             "query_string": b"", "client": None}  # fmt: skip
+    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == status
 
 
 def test_two_hosts_in_one_request_are_refused(api: Api) -> None:

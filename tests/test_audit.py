@@ -312,6 +312,21 @@ def test_a_line_says_on_what_and_what_was_before_and_after(here: Site) -> None:
     assert applied.after == "+small; -guide; models.small.scale.max: 1 -> 4"
 
 
+def test_changed_terms_and_budgets_are_told_as_they_were_and_are(here: Site) -> None:
+    budget = b'{"scope": "tenant:acme", "unit": "%s", "amount": %d}'
+    here.ask("PATCH", "/api/v1/keys/k1", BEARER, b'{"rpm": 60}')
+    here.ask("PATCH", "/api/v1/keys/k1", BEARER, b'{"rpm": null, "inside": true}')
+    here.ask("POST", "/api/v1/budgets", BEARER, budget % (b"money", 100))
+    here.ask("POST", "/api/v1/budgets", BEARER, budget % (b"money", 20))
+    here.ask("DELETE", "/api/v1/budgets?id=tenant:acme:money:month", BEARER)
+    limited, freed, made, lowered, removed = told(here)
+    assert (limited.object, limited.before, limited.after) == ("k1", '{"rpm":null}', '{"rpm":60}')
+    assert (freed.before, freed.after) == ('{"inside":false,"rpm":60}', '{"inside":true,"rpm":null}')
+    assert {r.object for r in (made, lowered, removed)} == {"tenant:acme:money:month"}
+    assert [r.before for r in (made, lowered, removed)] == ["", '{"amount":100.0}', '{"amount":20.0}']
+    assert '"amount":20' in lowered.after
+
+
 def test_a_change_that_fails_says_so(here: Site) -> None:
     here.ask("DELETE", "/api/v1/keys/k9", BEARER)
     here.ask("POST", "/api/v1/keys", BEARER, b"{")

@@ -210,6 +210,19 @@ def test_a_restore_moves_aside_what_was_there(state: Path, tmp_path: Path) -> No
     assert (state / "epoch").read_text() == "7\n"
 
 
+def test_a_restore_keeps_the_certificates_and_says_what_is_good_again(state: Path, tmp_path: Path) -> None:
+    backup.create(state, tmp_path / "b.tar.gz")
+    (state / "ca").mkdir(mode=0o700)
+    (state / "ca" / "gateway.key").write_text("made after the backup")
+    (state / "ca" / "gateway.key").chmod(0o600)
+    _, kept, again = backup.restore(tmp_path / "b.tar.gz", state).notes
+    assert (state / "ca" / "gateway.key").read_text() == "made after the backup"
+    assert stat.S_IMODE((state / "ca" / "gateway.key").stat().st_mode) == 0o600
+    assert stat.S_IMODE((state / "ca").stat().st_mode) == 0o700
+    assert "ca/ was kept" in kept
+    assert "revoked since the backup" in again
+
+
 def test_a_directory_in_use_is_not_restored_into(state: Path, tmp_path: Path) -> None:
     backup.create(state, tmp_path / "b.tar.gz")
     with (state / "run" / "lock").open("w") as lock:

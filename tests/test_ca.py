@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from neaptide.clock import wall_s
@@ -121,6 +122,20 @@ def test_a_renewed_pair_is_for_the_same_names_with_a_new_key(tmp_path: Path) -> 
     assert house.issue("gateway", renew=True).names == old.names  # told in whole: what is there need not be good
     with pytest.raises(ConfigError, match="does not exist"):
         ca.issue(house.folder, "never", ca.Wish(), wall_s(), renew=True)
+
+
+def test_what_was_broken_off_between_key_and_certificate_can_be_mended(tmp_path: Path) -> None:
+    house = House(tmp_path / "ca")
+    Path(house.issue("gateway").cert).unlink()
+    with pytest.raises(ConfigError, match=r"gateway\.key exists") as e:
+        house.issue("gateway")
+    assert "--renew" in e.value.fix
+    mended = house.issue("gateway", renew=True)
+    assert read(mended.cert).public_key() == load_pem_private_key(Path(mended.key).read_bytes(), None).public_key()
+    Path(house.ca).unlink()
+    with pytest.raises(ConfigError) as e:
+        House(tmp_path / "ca")
+    assert e.value.fix == f"remove {house.folder / 'ca.key'}: an init was broken off"
 
 
 def test_the_verb_makes_and_lists_and_tells_no_secret(tmp_path: Path) -> None:

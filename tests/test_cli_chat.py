@@ -66,6 +66,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.send_header("x-neaptide-request-id", "req-1")
+        if question in ("hit", "shared", "stale", "miss"):
+            self.send_header("x-neaptide-cache", question)
         self.end_headers()
         try:
             self._stream(question, body)
@@ -143,6 +145,17 @@ def test_json_carries_the_measured_numbers_and_the_cost(endpoint: Endpoint, tmp_
     assert 0 < told["ttft_s"] <= told["duration_s"]
     assert told["tpot_s"] >= 0
     assert (told["amount_nanos"], told["currency"]) == (6 * 1000 + 4 * 500 + 3 * 2000, "CNY")
+
+
+@pytest.mark.parametrize(("how", "share"), [("hit", 0.1), ("shared", 0.1), ("stale", 0.1), ("miss", 1)])
+def test_an_answer_told_from_the_cache_costs_what_the_ledger_charges_for_it(
+    endpoint: Endpoint, tmp_path: Path, how: str, share: float
+) -> None:
+    control = FakeControl(tmp_path / "state", endpoint.url)
+    with admin_server(control):
+        told = json.loads(cli("chat", how, "--json", "--state", str(control.state)).stdout)
+    assert told["cache"] == how
+    assert told["amount_nanos"] == round((6 * 1000 + 4 * 500 + 3 * 2000) * share)
 
 
 def test_options_reach_the_server(endpoint: Endpoint, tmp_path: Path) -> None:

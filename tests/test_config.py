@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neaptide.config import DEFAULT_TEXT, Settings, host_port, load, parse
+from neaptide.control.desired import difference, redacted
 from neaptide.elastic import span_s
 from neaptide.errors import ConfigError
 
@@ -116,6 +117,9 @@ models:
             "E108",
             "pools.p.scale: a rule on gpu_usage",
         ),
+        ("models: {guide: {}}\nledger: {url: 'postgresql://u:sk-123@h/db'}", "E106", "env:NAME or file:PATH"),
+        ("models: {guide: {}}\nledger: {url: 'postgresql://u:sk-123/@h/db'}", "E106", "env:NAME or file:PATH"),
+        ("models: {guide: {}}\nledger: {url: 'postgresql://h/db?pass%77ord=sk-123'}", "E106", "env:NAME or file:PATH"),
         ("models: {}", "E107", "no models"),
         ("models: [", "E102", "line"),
         ("- a", "E105", "top level"),
@@ -158,3 +162,40 @@ def test_any_text_is_settings_or_a_config_error(text: str) -> None:
 )
 def test_addresses_split_into_host_and_port(listen: str, expected: tuple[str, int]) -> None:
     assert host_port(listen) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://u:hunter2@h:5432/db", "***@h:5432/db"),
+        ("postgresql://u:hun?ter2@hunter2@h/db?password=hunter2@x", "***@h/db"),
+        ("postgresql://h/db?user=u&password=hunter2", "postgresql://h/db"),
+        ("postgresql://u@h/db", "***@h/db"),
+    ],
+)
+def test_a_databases_password_comes_from_elsewhere_and_is_shown_to_nobody(
+    url: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEDGER", url)
+    settings = parse("models: {guide: {}}\nledger: {url: 'env:LEDGER'}", "x")
+    assert settings.ledger.url == url
+    assert redacted(settings)["ledger"] == {"url": shown, "retention_days": 400.0}
+
+
+def test_what_waits_for_the_next_up_is_named_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def notes(old: str, new: str) -> list[str]:
+        before, after = (parse(f"models: {{guide: {{}}}}\n{text}", "x") for text in (old, new))
+        return [note.partition(" ")[0] for note in difference(before, after, {}, dry_run=True).notes]
+
+    monkeypatch.setenv("ONE", "postgresql://u:one@h/db")
+    monkeypatch.setenv("TWO", "postgresql://u:two@h/db")
+    assert notes("", "journal: {retention_days: 3}\nledger: {retention_days: 30}") == []
+    assert notes("", "journal: {segment_mib: 16, retention_days: 3}") == ["journal.segment_mib"]
+    assert notes("ledger: {url: 'env:ONE'}", "ledger: {url: 'env:TWO'}") == ["ledger.url"]
+    assert notes("", "gateways: 2\nadmin: {listen: '127.0.0.1:9'}") == ["admin", "gateways"]
+    assert notes("", "tls: {cert: a.crt, key: a.key}") == ["tls"]
+
+
+def test_a_database_without_a_password_may_stand_in_the_file() -> None:
+    url = "postgresql://someone@h:5432/db?sslmode=verify-full"
+    assert parse(f"models: {{guide: {{}}}}\nledger: {{url: '{url}'}}", "x").ledger.url == url

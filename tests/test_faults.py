@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
+from neaptide.assemble import UpOptions, configuration
+from neaptide.errors import ConfigError
 from neaptide.models.sources import GUIDE
 from tests.conftest import Service, alive, descendants, neaptide
 from tests.traffic import admin, chat, rows_when, stream, usage_rows, wait_for
@@ -189,10 +191,16 @@ def test_apply_changes_what_is_served_without_dropping_a_stream(serve: Serve) ->
 
 def test_a_refused_configuration_changes_nothing(serve: Serve) -> None:
     service = serve(QUICK)
-    service.config.write_text("models: {echo: {engin: echo}}\n")
-    told = service.run("apply", "-f", str(service.config), check=False)
-    assert told.returncode == 2
-    assert "did you mean 'engine'" in told.stderr
+    priced = QUICK + "prices: {echo: {prompt: -1}}\n"
+    for text, said in (("models: {echo: {engin: echo}}\n", "did you mean 'engine'"), (priced, "error[E109]")):
+        service.config.write_text(text)
+        for more in ((), ("--dry-run",)):
+            told = service.run("apply", "-f", str(service.config), *more, check=False)
+            assert told.returncode == 2
+            assert said in told.stderr
+    with pytest.raises(ConfigError) as caught:
+        configuration(UpOptions(config=service.config))  # nor does `up` take it
+    assert caught.value.code == "E109"
     assert chat(service, "still", max_tokens=2).join().status == 200
 
 

@@ -103,6 +103,7 @@ def test_what_cannot_be_a_key_is_refused(store: KeyStore, secret: str) -> None:
         {"name": "two\nlines"},
         {"models": ("a\0b",)},
         {"project": "nul\0"},
+        {"tenant": "a/b"},  # its project c would have the budgets of project b/c of the tenant a
     ],
 )
 def test_a_key_that_is_not_well_described_is_refused(store: KeyStore, wrong: dict[str, str]) -> None:

@@ -31,6 +31,7 @@ NEIGHBOURS = {
     ("config", "specs"): "the options an operator writes are the ones a replica is told",
     ("config", "elastic"): "bounds, rules and calendars are checked where they are read",
     ("config", "remotes"): "shares of traffic are checked where they are read",
+    ("table", "link"): "a difference is cut so that each part fits a frame",
     ("journal", "clock"): "a record's time comes from where all time comes from",
     ("engine", "models"): "what a model directory holds is read and checked in one place",
 }

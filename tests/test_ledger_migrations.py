@@ -157,9 +157,10 @@ def test_a_database_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None
         open_ledger("mysql://host/db", tmp_path, CLOCK)
 
 
-def test_a_postgresql_that_cannot_be_reached_says_what_to_do_and_no_password(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", ["someone:hunter2@127.0.0.1:1/db", "127.0.0.1:1/db?user=x&password=hunter2"])
+def test_a_postgresql_that_cannot_be_reached_says_what_to_do_and_no_password(tmp_path: Path, given: str) -> None:
     with pytest.raises(StorageError) as caught:
-        open_ledger("postgresql://someone:hunter2@127.0.0.1:1/db", tmp_path, CLOCK)
+        open_ledger(f"postgresql://{given}", tmp_path, CLOCK)
     installed = importlib.util.find_spec("psycopg") is not None
     assert caught.value.code == ("E510" if installed else "E512")
     assert ("can be reached" if installed else 'pip install "neaptide[postgres]"') in caught.value.fix

@@ -25,7 +25,7 @@ from neaptide.errors import StorageError
 from neaptide.fleet.state import StateDir
 from tests.admin_fake import FakeControl, access, admin_server
 from tests.cli_run import cli
-from tests.dashboard_kit import BEARER, Site, site
+from tests.dashboard_kit import BEARER, Site, events, look, site
 
 FILLED = {"{id}": "k1", "{admin}": "adm_none", "{name}": "docs.css", "{name:path}": "app.js"}
 GUARDED = [key for key, need in NEEDS.items() if need.least]
@@ -135,7 +135,14 @@ def test_a_revoked_token_is_refused_and_so_are_the_sessions_of_its_links(here: S
     _, told, _ = here.ask("GET", link.removeprefix(here.source.admin_url.rstrip("/")))
     browser = {"Cookie": told["set-cookie"].partition(";")[0], "Sec-Fetch-Site": "same-origin"}
     assert [here.ask("GET", "/api/v1/status", h)[0] for h in (headers, browser)] == [200, 200]
+    streams = [here.open("GET", "/ui/live", h) for h in (headers, browser, BEARER)]
+    heard = [events(response) for _, response in streams]
+    assert [next(told)[0] for told in heard] == ["snapshot"] * 3
     assert here.ask("DELETE", f"/api/v1/admins/{admin}", BEARER)[0] == 200
+    here.beat(look(1))
+    assert [next(told, ("end", None))[0] for told in heard] == ["end", "end", "tick"]
+    for connection, _ in streams:
+        connection.close()
     assert [here.ask("GET", "/api/v1/status", h)[0] for h in (headers, browser)] == [401, 401]
     assert here.ask("DELETE", f"/api/v1/admins/{admin}", BEARER)[0] == 200  # a second time changes nothing
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from neaptide.link import MAX_FRAME
@@ -75,6 +75,35 @@ def test_a_whole_table_replaces_whatever_was_held(held: Table, new: Table) -> No
 def test_a_delta_from_another_version_is_refused(old: Table, new: Table) -> None:
     later = msgspec.structs.replace(old, fast=msgspec.structs.replace(old.fast, version=old.fast.version + 1))
     assert apply(later, difference(old, new)) is None
+
+
+long_keys = st.lists(st.tuples(st.integers(0, 128), st.integers(1, 128)), max_size=40).map(
+    lambda sizes: tuple(
+        KeyRow(id=f"k{i}", digest="d" * 64, models=tuple(f"{m:03}" + "模" * (n - 1) for m in range(count)))
+        for i, (count, n) in enumerate(sizes)
+    )
+)
+
+
+LONGEST = KeyRow(id="k", digest="d" * 64, models=tuple(f"{m:03}" + "模" * 125 for m in range(128)))
+MANY_LONG = tuple(msgspec.structs.replace(LONGEST, id=f"k{i}") for i in range(40))
+
+
+@given(long_keys, st.integers(0, 3_000))
+@example(MANY_LONG, 3_000)
+@settings(max_examples=30)
+def test_whatever_is_in_keys_each_part_fits_a_frame_and_the_parts_are_the_whole(
+    keys: tuple[KeyRow, ...], others: int
+) -> None:
+    rows = tuple(ReplicaRow(id=f"r{i}", model="m" * 128, endpoint=f"link:/{i}", state="ready") for i in range(others))
+    new = Table(fast=Fast(version=1, replicas=rows), slow=Slow(version=1, keys=keys))
+    held = Table()
+    for part in parts(whole(new)):
+        assert len(msgspec.json.encode(part)) < MAX_FRAME
+        after = apply(held, part)
+        assert after is not None
+        held = after
+    assert same(held, new)
 
 
 def test_many_keys_go_in_parts_that_each_fit_a_frame() -> None:

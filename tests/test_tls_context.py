@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from neaptide.cli.checks import _tls
 from neaptide.clock import wall_s
 from neaptide.config import parse
+from neaptide.control.listen import hosts
 from neaptide.errors import ConfigError
 from neaptide.tls.context import serving, subject
 from neaptide.tls.served import Served, Settling
@@ -33,6 +34,14 @@ def settled(served: Served, now_s: float) -> None:
     """Two looks: the second finds the files left alone since the first."""
     served.poll(now_s)
     served.poll(now_s)
+
+
+def test_the_admin_listener_is_reached_by_what_its_operator_calls_it(tmp_path: Path) -> None:
+    tls = House(tmp_path).issue("gw", dns=("Admin.example.com", "*.ops.example.com"), ips=("10.0.0.5",), server=True)
+    served = Served(ListenTls(cert=tls.cert, key=tls.key), "admin.listen", str(tmp_path / "told.crt"))
+    names = hosts("https://10.0.0.5:8001/", "gate.internal:8001", served)
+    assert names == ("10.0.0.5", "gate.internal", "admin.example.com", "*.ops.example.com")
+    assert hosts("http://127.0.0.1:8001/", None, None) == ("127.0.0.1",)
 
 
 def test_a_good_pair_tells_whose_it_is_and_until_when(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ def test_a_service_in_tls_answers_its_own_verbs_and_takes_up_a_new_certificate(
 ) -> None:
     # Given listeners in TLS, the admin's for clients with a certificate alone,
     house = House(tmp_path / "ca", days_ago=1)
-    mine, me = house.issue("gateway", days_ago=1), house.issue("me", client=True)
+    here = {"dns": ("localhost", "gate.internal"), "ips": ("127.0.0.1",), "server": True}
+    mine, me = house.issue("gateway", days_ago=1, **here), house.issue("me", client=True)
     pair = f"cert: {mine.cert}, key: {mine.key}"
     tls = f"tls: {{{pair}}}\nadmin: {{tls: {{{pair}, client_ca: {house.ca}, client_auth: required}}}}\n"
     service = serve(ECHO + tls)
@@ -34,6 +35,8 @@ def test_a_service_in_tls_answers_its_own_verbs_and_takes_up_a_new_certificate(
     # when it is asked by the verbs of its host,
     assert service.run("chat", "hello", "--max-tokens", "4").stdout.strip()
     assert service.run("status", check=False).returncode == 3
+    by_name = urllib.request.Request(service.admin + "health", headers={"Host": "gate.internal:8001"})
+    assert urllib.request.urlopen(by_name, context=house.client(me), timeout=10).status == 200
     with environment(NEAPTIDE_CLIENT_CERT=me.cert, NEAPTIDE_CLIENT_KEY=me.key):
         before = certificates(service)
         assert set(before) == {"admin", "gateway-0"}

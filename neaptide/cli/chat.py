@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,16 @@ if TYPE_CHECKING:
 
 BUILT_IN = "guide"
 CHIPS = Path(__file__).parent.parent / "models" / "guide" / "chips.json"
+TOLD_AGAIN = ("hit", "shared", "stale")  # of x-neaptide-cache
+MILLIS = 1000  # of the list price: all of it
 MAX_QUESTION = 1 << 20  # characters read from a pipe
+
+
+class Book(NamedTuple):
+    """What answers cost."""
+
+    prices: PriceList
+    again: Mapping[str, int]  # by model, for an answer told from the cache: thousandths of the list price
 
 
 class Place(NamedTuple):
@@ -107,7 +117,7 @@ class Conversation:
         self.session, self.place, self.how = session, place, how
         self._system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = list(self._system)
-        self._prices: PriceList | None = None
+        self._book: Book | None = None
 
     def once(self, text: str) -> None:
         """One question; the answer alone on stdout, the numbers on a terminal's stderr."""
@@ -211,9 +221,9 @@ class Conversation:
         """(nano-units or None, currency), by the prices in force when the conversation began; elsewhere unknown."""
         if not self.place.ours:
             return None, ""
-        if self._prices is None:
-            self._prices = prices(self.session)
-        return cost_nanos(a, self.how.model, self._prices), self._prices.currency
+        if self._book is None:
+            self._book = book_of(self.session)
+        return cost_nanos(a, self.how.model, self._book), self._book.prices.currency
 
     def _as_dict(self, a: Answer) -> dict[str, Any]:
         amount, currency = self._cost(a)
@@ -225,7 +235,7 @@ def _show(piece: str) -> None:
     sys.stdout.flush()
 
 
-def prices(session: Session) -> PriceList:
+def book_of(session: Session) -> Book:
     """The prices in force; none when control does not tell: the answer is there, that is no reason to fail."""
     import msgspec
 
@@ -236,12 +246,14 @@ def prices(session: Session) -> PriceList:
     try:
         settings = client.admin(session.state, timeout_s=5.0).call("GET", "config", ConfigView).settings
     except NeaptideError:
-        return NO_PRICES
+        return Book(NO_PRICES, {})
     told = msgspec.convert(settings.get("prices", {}), dict[str, Price])
-    return PriceList(0, 0.0, str(settings.get("currency", "")), rates(told))
+    models = msgspec.convert(settings.get("models", {}), dict[str, dict[str, Any]])
+    again = {name: round(MILLIS * model.get("cache", {}).get("price", 0.0)) for name, model in models.items()}
+    return Book(PriceList(0, 0.0, str(settings.get("currency", "")), rates(told)), again)
 
 
-def cost_nanos(answer: Answer, model: str, book: PriceList) -> int | None:
+def cost_nanos(answer: Answer, model: str, book: Book) -> int | None:
     """What the ledger will charge for it; None without a price or counts."""
     from neaptide.cost.meter import charge
     from neaptide.types import Usage
@@ -254,6 +266,7 @@ def cost_nanos(answer: Answer, model: str, book: PriceList) -> int | None:
         prompt_tokens=answer.prompt_tokens,
         cached_tokens=answer.cached_tokens,
         output_tokens=answer.output_tokens,
+        price_millis=book.again.get(model, MILLIS) if answer.cache in TOLD_AGAIN else MILLIS,
     )
-    charged = charge(used, book)
+    charged = charge(used, book.prices)
     return None if charged is None else charged.amount_nanos

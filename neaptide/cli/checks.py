@@ -24,6 +24,7 @@ from neaptide.clock import wall_s
 from neaptide.config import GpuSource, ModelSettings, Settings, StoreSettings, host_port, load, parse
 from neaptide.control.backup import quick_check
 from neaptide.control.port import Status
+from neaptide.cost.prices import rates
 from neaptide.errors import ConfigError, NeaptideError
 from neaptide.fleet.cores import quota as cores_allowed
 from neaptide.fleet.state import StateDir
@@ -157,6 +158,7 @@ def _config(state: Path, file: Path | None) -> tuple[Settings | None, Check]:
         else:
             text, path = kept
             settings = parse(text, str(path), path.parent)
+        rates(settings.prices)
     except NeaptideError as e:
         return None, Check("config", "fail", f"[{e.code}] {e.what}", e.fix)
     names = ", ".join(settings.models)

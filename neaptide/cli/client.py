@@ -209,6 +209,7 @@ class Stream:
             self._response = self._connection.getresponse()
             told = self._response.getheader
             self.request_id = told("x-neaptide-request-id") or told("x-request-id") or ""
+            self.cache = told("x-neaptide-cache") or ""
             if self._response.status >= 400:
                 raise refused(self._response.status, self._response.read(MAX_LINE), endpoint)
         except BaseException as e:

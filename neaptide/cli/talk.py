@@ -33,6 +33,7 @@ class Answer(NamedTuple):
     tpot_s: float | None
     duration_s: float
     request_id: str
+    cache: str = ""  # hit, shared or stale: it was told from the cache; miss; "" where there is none
 
 
 def models(endpoint: Endpoint, key: str, timeout_s: float) -> list[str]:
@@ -61,7 +62,7 @@ def ask(
     stream: Stream | None = None
     try:
         stream = Stream(endpoint, "/chat/completions", json.dumps(body).encode(), key, timeout_s)
-        heard.request_id = stream.request_id
+        heard.request_id, heard.cache = stream.request_id, stream.cache
         for payload in stream:
             piece = heard.take(payload, endpoint)
             if piece:
@@ -82,7 +83,7 @@ class _Heard:
         self.first_s = self.last_s = 0.0
         self.pieces: list[str] = []
         self.chars = 0
-        self.finish = self.request_id = ""
+        self.finish = self.request_id = self.cache = ""
         self.usage: dict[str, Any] = {}
 
     def take(self, payload: bytes, endpoint: Endpoint) -> str:
@@ -121,4 +122,5 @@ class _Heard:
             tpot_s=tpot,
             duration_s=mono_s() - self.began_s,
             request_id=self.request_id,
+            cache=self.cache,
         )

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import signal
 import socket
-import urllib.parse
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from neaptide.control.desired import deployment, difference, grouped, members, r
 from neaptide.control.gate import Access
 from neaptide.control.gpus import GpuWatch
 from neaptide.control.guard import Front
-from neaptide.control.listen import AdminServer
+from neaptide.control.listen import AdminServer, hosts
 from neaptide.control.loop import Loop, in_flight
 from neaptide.control.port import (
     ApplyReport,
@@ -60,6 +59,7 @@ from neaptide.control.port import (
 from neaptide.control.prime import Priming
 from neaptide.control.publish import Gateway, Publisher
 from neaptide.control.scaling import Scaling, check
+from neaptide.cost.prices import rates
 from neaptide.errors import ConfigError, NeaptideError
 from neaptide.fleet import cores
 from neaptide.fleet.line import starts_at_once
@@ -166,7 +166,8 @@ class Control:
 
     async def _serve_admin(self, access: Access, tasks: tuple[asyncio.Task[None], ...]) -> None:
         front = self._make_front(self) if self._make_front else None
-        app = build_app(self, access, _names(self.spec.admin_url), front=front)
+        names = hosts(self.spec.admin_url, self.settings.admin.listen, self.served)
+        app = build_app(self, access, names, front=front)
         tasks = (*tasks, asyncio.create_task(front.run())) if front else tasks
         server = AdminServer(app, self.served)
         serving = asyncio.create_task(server.serve([socket.socket(fileno=self.spec.admin_fd)]))
@@ -368,6 +369,7 @@ class Control:
                 f"origin {origin!r} is not an absolute path", code="E605", fix="send the file's full path"
             )
         new = parse(text, str(place), place.parent)
+        rates(new.prices)  # a price that is none is refused before anything has changed
         ids: dict[str, list[str]] = {}
         for r in self.replicas:
             ids.setdefault(r.deployment, []).append(r.id)
@@ -464,11 +466,6 @@ def locate(model: ModelSettings, cache: Path, say: Callable[[str], None], store:
         return Weights()
     found = resolve(model.source, cache, say, store)
     return Weights(str(found.path), found.digest, found.precision)
-
-
-def _names(url: str) -> tuple[str, ...]:
-    """The host that the operator gave the admin listener: browsers may use it."""
-    return (host,) if (host := urllib.parse.urlsplit(url).hostname) else ()
 
 
 def _kept(state: StateDir) -> tuple[str, Path]:

@@ -36,6 +36,7 @@ LEDGER = "ledger.db"
 # A gateway's table is told anew at every start.
 KEPT = ("key", "admin-token", "admins.json", "pepper", "config.json", "epoch")
 DIRECTORIES = ("journal", "audit")
+AUTHORITY = "ca"  # of `neaptide ca`: never in a backup, kept where it lies
 MAX_MANIFEST = 16 << 20
 MAX_FILES = 100_000
 
@@ -86,8 +87,8 @@ def verify(archive: Path) -> BackupReport:
 
 
 def restore(archive: Path, state: Path) -> BackupReport:
-    """Verify, then put the archive's files in `state`. What stood there is moved aside, never deleted. StorageError
-    when something runs there."""
+    """Verify, then put the archive's files in `state`. What stood there is moved aside, never deleted; of it
+    ca/ is kept in place, too. StorageError when something runs there."""
     began = mono_s()
     state = state.absolute()
     state.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +98,8 @@ def restore(archive: Path, state: Path) -> BackupReport:
         manifest = _unpack(archive, fresh)
         _check_ledger(fresh, archive)
         notes = []
+        if (state / AUTHORITY).is_dir():
+            shutil.copytree(state / AUTHORITY, fresh / AUTHORITY, symlinks=True)
         if state.exists() and any(state.iterdir()):
             aside = state.with_name(f"{state.name}.before-{_stamp()}")
             state.rename(aside)
@@ -104,6 +107,9 @@ def restore(archive: Path, state: Path) -> BackupReport:
         elif state.exists():
             state.rmdir()
         fresh.rename(state)
+    if (state / AUTHORITY).is_dir():
+        notes.append(f"{AUTHORITY}/ was kept")  # the configuration may name its certificates
+    notes.append("admin tokens and API keys that were revoked since the backup are good again: revoke them anew")
     return _report(archive, len(manifest.files), began, tuple(notes))
 
 

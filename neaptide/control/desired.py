@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
@@ -13,8 +14,10 @@ from neaptide.specs import MemberSpec
 from neaptide.table import DeploymentRow, KeyRow, Prices, Slow, quotas
 from neaptide.types import Deployment, Revision, Slo
 
-AT_NEXT_UP = ("listen", "tls", "admin", "gateways", "journal", "access_log", "ledger")
+AT_NEXT_UP = ("listen", "tls", "admin", "gateways", "access_log", "journal.segment_mib", "ledger.url")
 NO_PRICES = Prices()
+# A URL whose first part and whose query may hold a password.
+DATABASE = re.compile(r"(?s)\A(?P<who>[^:]*://[^:/]*(:[^@]*)?@([^?]*@)?)?(?P<where>[^?]*).*")
 # What makes another revision: the weights, the engine and how it runs. Prices, SLO and limits do not.
 REVISION_KEYS = ("source", "engine", "options", "prefix_cache", "max_tokens_default", "replicas")
 
@@ -156,8 +159,8 @@ def difference(old: Settings, new: Settings, replicas: Mapping[str, list[str]], 
     gone = [m for m in had if m not in has]
     runs, will = _shapes(old), _shapes(new)
     leaving = [name for name in runs if runs[name] != will.get(name)]
-    before, after = msgspec.to_builtins(old), msgspec.to_builtins(new)
-    later = [k for k in AT_NEXT_UP if before.get(k) != after.get(k)]
+    differs = [c.key for c in _changes(msgspec.to_builtins(old), msgspec.to_builtins(new))]  # in secrets, too
+    later = [k for k in AT_NEXT_UP if any(key == k or key.startswith(f"{k}.") for key in differs)]
     return ApplyReport(
         dry_run=dry_run,
         added=tuple(m for m in has if m not in had),
@@ -191,8 +194,8 @@ def redacted(settings: Settings) -> dict[str, object]:
             for replica in model.get("replicas", ()):
                 replica["key"] = "***" if replica.get("key") else ""
     ledger = shown.get("ledger")
-    if isinstance(ledger, dict) and "@" in str(ledger.get("url")):
-        ledger["url"] = "***@" + str(ledger["url"]).rpartition("@")[2]
+    if isinstance(ledger, dict):
+        ledger["url"] = DATABASE.sub(lambda url: ("***@" if url["who"] else "") + url["where"], str(ledger["url"]))
     return shown
 
 

@@ -10,6 +10,7 @@ import ipaddress
 import logging
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("neaptide.control")
 MAX_BODY = 1 << 20  # bytes; a configuration is a few kilobytes
 OPEN = ("/health", "/docs", "/openapi.json", "/openapi-inference.json")  # exact, or below /docs/
-WHO, REQUEST = "neaptide.who", "neaptide.request"  # keys of the scope: a Who, the request's id
+# Keys of the scope: a Who, the request's id, and whether who asks may still be here, for answers that take long.
+WHO, REQUEST, STANDS = "neaptide.who", "neaptide.request", "neaptide.stands"
 SECURITY = (
     (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
@@ -91,7 +93,7 @@ class Guard:
         scope[REQUEST] = f"ctl-{secrets.token_hex(12)}"
         sender = _Sender(send, scope[REQUEST])
         try:
-            scope[WHO] = self._admit(scope)
+            scope[WHO], scope[STANDS] = self._admit(scope), partial(self._stands, scope)
             await self._app(scope, _bounded(receive), sender)
         except NeaptideError as e:  # refused here, or past the framework's own handlers
             if e.status in (401, 403):
@@ -111,12 +113,21 @@ class Guard:
         if len(host) != 1 or not self._is_ours(host[0].decode("latin-1")):
             name = host[0].decode("latin-1")[:100] if host else ""
             why = "a page of another origin may have pointed its own name at this address"
-            raise AdminError(403, "E603", f"the host {name!r} is not served here", why=why, fix="use 127.0.0.1")
+            fix = "use 127.0.0.1, or a name that stands in admin.listen or in the listener's certificate"
+            raise AdminError(403, "E603", f"the host {name!r} is not served here", why=why, fix=fix)
         who = self._who(scope, headers.get(b"authorization", []))
         length = headers.get(b"content-length", [b"0"])[0]
         if length.isdigit() and int(length) > MAX_BODY:
             raise _too_large()
         return who
+
+    def _stands(self, scope: Scope) -> bool:
+        """Whether the request would still be let in: its token may be revoked since, its session have ended."""
+        try:
+            self._admit(scope)
+        except AdminError:
+            return False
+        return True
 
     def _who(self, scope: Scope, given: list[bytes]) -> Who:
         """Whose token or session this is; NOBODY for what is open."""
@@ -140,7 +151,7 @@ class Guard:
         try:
             ipaddress.ip_address(bare)
         except ValueError:
-            return bare in self._hosts
+            return bare in self._hosts or "*." + bare.partition(".")[2] in self._hosts  # of a certificate
         return True
 
     async def _fail(self, error: NeaptideError, scope: Scope, receive: Receive, sender: _Sender) -> None:

@@ -147,7 +147,7 @@ class KeyStore:
         models: tuple[str, ...],
         terms: Terms,
     ) -> KeyInfo:
-        _check(name, priority, (*models, tenant, team, project))
+        _check(name, tenant, priority, (*models, tenant, team, project))
         _check_terms(terms, self._clock.wall_s())
         key = KeyRecord(
             id="key_" + secrets.token_hex(8),
@@ -169,9 +169,11 @@ class KeyStore:
         return _info(key)
 
 
-def _check(name: str, priority: str, names: tuple[str, ...]) -> None:
+def _check(name: str, tenant: str, priority: str, names: tuple[str, ...]) -> None:
     if len(name) > MAX_NAME or not name.isprintable():
         raise RequestError(400, f"A name is at most {MAX_NAME} printable characters.", param="name")
+    if "/" in tenant:  # `project:TENANT/NAME` is the scope of a project's budgets
+        raise RequestError(400, "A tenant's name has no '/' in it.", param="tenant", fix="Write it with - or _.")
     if priority not in PRIORITIES:
         raise RequestError(400, f"priority is one of {', '.join(PRIORITIES)}, not {priority!r}.", param="priority")
     if len(names) > MAX_MODELS or any(len(m) > MAX_NAME or not m.isprintable() for m in names):

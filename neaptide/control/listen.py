@@ -6,15 +6,23 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from neaptide.clock import wall_s
+from neaptide.config import host_port
 from neaptide.tls.listen import TlsListener
 from neaptide.tls.served import POLL_S, Served
 
 LOOK_TICKS = round(POLL_S / 0.1)  # uvicorn ticks each 0.1 s
+
+
+def hosts(url: str, listen: str | None, served: Served | None) -> tuple[str, ...]:
+    """What the operator calls the admin listener: in its address, in `admin.listen`, in its certificate."""
+    told = [urlsplit(url).hostname or "", host_port(listen, "admin.listen")[0] if listen else ""]
+    return tuple(filter(None, (*told, *(served.leaf.names if served else ()))))
 
 
 class AdminServer(uvicorn.Server):

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from neaptide.control.chain import Note
-from neaptide.control.port import ApplyReport, BackupReport, CreatedKey, DownReport, KeyInfo, ScaleRow
+from neaptide.control.port import ApplyReport, BackupReport, BudgetRow, CreatedKey, DownReport, KeyInfo, ScaleRow
 from neaptide.control.roles import AdminInfo, CreatedAdmin
+from neaptide.cost.prices import NANOS
 
 if TYPE_CHECKING:
     from neaptide.control.admin import Ask
@@ -29,6 +30,13 @@ async def before(action: str, ask: Ask) -> Note:
     if action == "revokeKey":
         found = next((k for k in (await ask.port.keys()).rows if k.id == object), None)
         return note._replace(before=_state(found.disabled) if found else "")
+    if action == "setKey":
+        found = next((k for k in (await ask.port.keys()).rows if k.id == object), None)
+        return note._replace(before=_json({name: getattr(found, name) for name in _told(ask.body)}) if found else "")
+    if action in ("setBudget", "removeBudget"):
+        id = f"{ask.body.scope}:{ask.body.unit}:{ask.body.period}" if action == "setBudget" else ask.query.id
+        budget = next((r for r in (await ask.port.budgets()).rows if r.id == id), None)
+        return note._replace(object=id, before=_json({"amount": _amount(budget)}) if budget else "")
     if action == "revokeAdmin":
         admin = next((r for r in (await ask.access.admins.list()).rows if r.id == object), None)
         return note._replace(before=_state(admin.revoked) if admin else "")
@@ -41,7 +49,9 @@ def after(note: Note, answer: Any) -> Note:
         case CreatedKey() | CreatedAdmin():
             return note._replace(object=answer.info.id)
         case KeyInfo():
-            return note._replace(after=_state(answer.disabled))
+            return note if note.after else note._replace(after=_state(answer.disabled))
+        case BudgetRow():
+            return note._replace(object=answer.id)
         case AdminInfo():
             return note._replace(after=_state(answer.revoked))
         case ScaleRow():
@@ -63,14 +73,25 @@ def _named(asked: Any) -> str:
 
 def _fields(body: Any) -> str:
     """A struct's fields that differ from their defaults, as JSON; nothing of a text."""
-    if not isinstance(body, msgspec.Struct):
-        return ""
+    return _json(_told(body)) if isinstance(body, msgspec.Struct) else ""
+
+
+def _told(body: msgspec.Struct) -> dict[str, Any]:
     told = {}
     for field in msgspec.structs.fields(body):
         value = getattr(body, field.name)
         if value != field.default:
             told[field.encode_name] = value
+    return told
+
+
+def _json(told: Any) -> str:
     return msgspec.json.encode(told).decode()
+
+
+def _amount(row: BudgetRow) -> float:
+    """As it is asked for: of the currency, or tokens."""
+    return row.amount / NANOS if row.unit == "money" else row.amount
 
 
 def _state(gone: bool) -> str:

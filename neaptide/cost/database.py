@@ -30,7 +30,7 @@ class Database:
     def __init__(self, engine: sa.Engine, path: Path | None) -> None:
         self.engine = engine
         self.path = path  # of the SQLite file; None for PostgreSQL
-        self.label = str(path) if path else engine.url.render_as_string(hide_password=True)
+        self.label = str(path) if path else engine.url.set(query={}).render_as_string(hide_password=True)
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +23,7 @@ from starlette.types import Scope
 
 from neaptide.clock import Clock, RealClock
 from neaptide.control.chain import Note
-from neaptide.control.guard import WHO, AdminError, answer
+from neaptide.control.guard import STANDS, WHO, AdminError, answer
 from neaptide.control.roles import Role, Who, may
 from neaptide.dashboard import play
 from neaptide.dashboard.feed import Feed
@@ -156,7 +157,8 @@ class Dashboard:
         told = request.query_params.get("since", "")
         since_s = float(told) if SINCE.fullmatch(told) else -math.inf
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(self.feed.listen(since_s), media_type="text/event-stream", headers=headers)
+        pieces = _while(request.scope[STANDS], self.feed.listen(since_s))
+        return StreamingResponse(pieces, media_type="text/event-stream", headers=headers)
 
     async def history(self, request: Request) -> Response:
         """The last 24 hours by the minute."""
@@ -170,6 +172,15 @@ class Dashboard:
         )
         headers = {name: asked.headers[name] for name in PASSED_ON if name in asked.headers}
         return StreamingResponse(asked.pieces(), asked.status, headers)
+
+
+async def _while(stands: Callable[[], bool], pieces: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    """`pieces`, until who listens may no longer."""
+    async with aclosing(pieces):
+        async for piece in pieces:
+            if not stands():
+                return
+            yield piece
 
 
 def chips() -> dict[str, list[str]]:

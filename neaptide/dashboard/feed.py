@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
@@ -133,7 +133,7 @@ class Feed:
     def columns(self, span: Span) -> bytes:
         return msgspec.json.encode({"fields": FIELDS, **self.history.columns(span)})
 
-    async def listen(self, since_s: float) -> AsyncIterator[bytes]:
+    async def listen(self, since_s: float) -> AsyncGenerator[bytes, None]:
         """Server-sent events of one page: a snapshot, then what is new, until it leaves or lags too far behind."""
         mine: asyncio.Queue[Event | None] = asyncio.Queue(BEHIND)
         self._pages.add(mine)

@@ -60,7 +60,11 @@ def init(folder: Path, subject: str, now_s: float, days: int = CA_DAYS) -> Path:
     """A new authority in `folder`; the path of its certificate. ConfigError E134: never over another."""
     lib = _library()
     cert, key_path = folder / f"{CA}.crt", folder / f"{CA}.key"
-    if cert.exists() or key_path.exists():
+    there = [path for path in (cert, key_path) if path.exists()]
+    if len(there) == 1:
+        what = f"{folder} holds half of an authority already: {there[0]}"
+        raise ConfigError(what, code="E134", fix=f"remove {there[0]}: an init was broken off")
+    if there:
         what = f"{folder} holds an authority already"
         raise ConfigError(what, code="E134", fix="neaptide ca issue NAME, or another --dir", why=f"{key_path} is kept")
     if not 1 <= len(subject) <= NAME_CHARS:
@@ -87,8 +91,8 @@ def issue(folder: Path, name: str, wish: Wish, now_s: float, renew: bool = False
     cert, key_path = folder / f"{name}.crt", folder / f"{name}.key"
     if renew:
         wish = _as_before(cert, wish)
-    elif cert.exists() or key_path.exists():
-        raise ConfigError(f"{cert} exists", code="E135", fix=f"neaptide ca issue {name} --renew")
+    elif there := [path for path in (cert, key_path) if path.exists()]:
+        raise ConfigError(f"{there[0]} exists", code="E135", fix=f"neaptide ca issue {name} --renew, and all it is for")
     names = _names(name, wish)
     end_s = authority.not_valid_after_utc.timestamp()
     days = min(wish.days, (end_s - now_s) / 86_400)
@@ -239,10 +243,11 @@ def _authority(folder: Path) -> tuple[x509.Certificate, EllipticCurvePrivateKey]
 
 def _as_before(cert: Path, wish: Wish) -> Wish:
     """`wish`, with names and usage of the certificate that is replaced where it has none."""
-    if not cert.exists():
-        raise ConfigError(f"{cert} does not exist", code="E135", fix="leave out --renew")
     if (wish.dns or wish.ips) and (wish.server or wish.client):
-        return wish  # what is there may be damaged
+        return wish  # what is there may be damaged, or a key alone
+    if not cert.exists():
+        fix = "leave out --renew; where there is a key alone, say --server or --client and --dns or --ip, too"
+        raise ConfigError(f"{cert} does not exist", code="E135", fix=fix)
     before = _read(cert)
     if not (wish.dns or wish.ips):
         dns = [n.removeprefix("DNS:") for n in before.names if n.startswith("DNS:")]

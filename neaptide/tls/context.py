@@ -34,6 +34,7 @@ class Leaf(NamedTuple):
     subject: str
     not_after_s: float
     pem: str
+    names: tuple[str, ...] = ()  # DNS names; "*." in front stands for one label
 
 
 def serving(tls: ListenTls) -> tuple[ssl.SSLContext, Leaf]:
@@ -145,7 +146,8 @@ def _tried(context: ssl.SSLContext, pem: str, cert: str) -> Leaf:
         why = getattr(e, "verify_message", "") or getattr(e, "reason", "") or str(e)
         fix = "a certificate for servers (extended key usage serverAuth): neaptide ca issue NAME --server"
         raise ConfigError(f"{cert} cannot serve: {why}", code="E131", fix=fix) from e
-    return Leaf(subject(told), float(ssl.cert_time_to_seconds(told["notAfter"])), pem)
+    names = tuple(value for kind, value in told.get("subjectAltName", ()) if kind == "DNS")
+    return Leaf(subject(told), float(ssl.cert_time_to_seconds(told["notAfter"])), pem, names)
 
 
 class _Encrypted(Exception):
