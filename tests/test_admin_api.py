@@ -128,7 +128,7 @@ def test_a_name_of_the_certificate_is_served(tmp_path: Path, host: str, status: 
 
     scope = {"type": "http", "method": "GET", "path": "/health", "headers": [(b"host", host.encode())],
              "query_string": b"", "client": None}  # fmt: skip
-    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
+    asyncio.run(app(scope, receive, send))
     assert sent[0]["status"] == status
 
 

@@ -173,25 +173,23 @@ def test_addresses_split_into_host_and_port(listen: str, expected: tuple[str, in
         ("postgresql://u@h/db", "***@h/db"),
     ],
 )
-def test_a_databases_password_comes_from_elsewhere_and_is_shown_to_nobody(
-    url: str, shown: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LEDGER", url)
-    settings = parse("models: {guide: {}}\nledger: {url: 'env:LEDGER'}", "x")
+def test_a_databases_password_comes_from_elsewhere_and_is_shown_to_nobody(url: str, shown: str, tmp_path: Path) -> None:
+    (tmp_path / "url").write_text(url)
+    settings = parse(f"models: {{guide: {{}}}}\nledger: {{url: 'file:{tmp_path}/url'}}", "x")
     assert settings.ledger.url == url
     assert redacted(settings)["ledger"] == {"url": shown, "retention_days": 400.0}
 
 
-def test_what_waits_for_the_next_up_is_named_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_for_the_next_up_is_named_and_nothing_else(tmp_path: Path) -> None:
     def notes(old: str, new: str) -> list[str]:
         before, after = (parse(f"models: {{guide: {{}}}}\n{text}", "x") for text in (old, new))
         return [note.partition(" ")[0] for note in difference(before, after, {}, dry_run=True).notes]
 
-    monkeypatch.setenv("ONE", "postgresql://u:one@h/db")
-    monkeypatch.setenv("TWO", "postgresql://u:two@h/db")
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(f"postgresql://u:{name}@h/db")
     assert notes("", "journal: {retention_days: 3}\nledger: {retention_days: 30}") == []
     assert notes("", "journal: {segment_mib: 16, retention_days: 3}") == ["journal.segment_mib"]
-    assert notes("ledger: {url: 'env:ONE'}", "ledger: {url: 'env:TWO'}") == ["ledger.url"]
+    assert notes(*(f"ledger: {{url: 'file:{tmp_path / name}'}}" for name in ("one", "two"))) == ["ledger.url"]
     assert notes("", "gateways: 2\nadmin: {listen: '127.0.0.1:9'}") == ["admin", "gateways"]
     assert notes("", "tls: {cert: a.crt, key: a.key}") == ["tls"]
 

@@ -7,6 +7,7 @@ import re
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from neaptide.clock import mono_s
 from tests.conftest import ECHO, Service, neaptide
@@ -26,7 +27,7 @@ def test_a_service_in_tls_answers_its_own_verbs_and_takes_up_a_new_certificate(
 ) -> None:
     # Given listeners in TLS, the admin's for clients with a certificate alone,
     house = House(tmp_path / "ca", days_ago=1)
-    here = {"dns": ("localhost", "gate.internal"), "ips": ("127.0.0.1",), "server": True}
+    here: dict[str, Any] = {"dns": ("localhost", "gate.internal"), "ips": ("127.0.0.1",), "server": True}
     mine, me = house.issue("gateway", days_ago=1, **here), house.issue("me", client=True)
     pair = f"cert: {mine.cert}, key: {mine.key}"
     tls = f"tls: {{{pair}}}\nadmin: {{tls: {{{pair}, client_ca: {house.ca}, client_auth: required}}}}\n"
