@@ -15,7 +15,7 @@ from alembic.runtime.migration import MigrationContext
 
 from neaptide.clock import VirtualClock
 from neaptide.cost import migrate, schema
-from neaptide.cost.database import connect
+from neaptide.cost.database import Database, connect
 from neaptide.cost.ledger import open_ledger
 from neaptide.errors import StorageError
 from neaptide.journal import Located
@@ -165,6 +165,13 @@ def test_a_postgresql_that_cannot_be_reached_says_what_to_do_and_no_password(tmp
     assert caught.value.code == ("E510" if installed else "E512")
     assert ("can be reached" if installed else 'pip install "neaptide[postgres]"') in caught.value.fix
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_database_is_named_without_what_its_url_asks_for() -> None:
+    engine = sa.create_engine("sqlite:///file:ledger.db?uri=true")  # whatever the kind: it is not opened
+    label = Database(engine, None).label
+    assert "ledger.db" in label
+    assert "uri=true" not in label
 
 
 def test_a_state_directory_that_cannot_be_written_says_so(tmp_path: Path) -> None:
