@@ -115,7 +115,7 @@ def test_the_order_of_what_was_seen_does_not_matter_to_the_curve(
         one.saw(*observation)
     for observation in rng.sample(seen, len(seen)):
         other.saw(*observation)
-    assert one.wrong(NEAREST) == pytest.approx(other.wrong(NEAREST), abs=1e-4)
+    assert one.wrong(NEAREST) == pytest.approx(other.wrong(NEAREST), abs=1e-3)  # the fit ends where a step is small
     assert 0.0 <= one.wrong(NEAREST) <= 1.0
 
 
