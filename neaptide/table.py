@@ -52,6 +52,11 @@ class Caching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def is_sane(self) -> bool:
         return 0 <= self.ttl_s < float("inf") and self.memory_mib >= 1 and 0 <= self.price <= 1
 
+    @property
+    def price_millis(self) -> int:
+        """`price` in thousandths, as usage rows have it."""
+        return round(self.price * 1000)
+
 
 class Degrade(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Under pressure: once a newcomer would wait longer than `wait_s`, one of the others."""

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 BUILT_IN = "guide"
 CHIPS = Path(__file__).parent.parent / "models" / "guide" / "chips.json"
 TOLD_AGAIN = ("hit", "shared", "stale")  # of x-neaptide-cache
-MILLIS = 1000  # of the list price: all of it
 MAX_QUESTION = 1 << 20  # characters read from a pipe
 
 
@@ -242,6 +241,7 @@ def book_of(session: Session) -> Book:
     from neaptide.config import Price
     from neaptide.control.port import ConfigView
     from neaptide.cost.prices import NO_PRICES, PriceList, rates
+    from neaptide.cost.rate import MILLIS
 
     try:
         settings = client.admin(session.state, timeout_s=5.0).call("GET", "config", ConfigView).settings
@@ -256,6 +256,7 @@ def book_of(session: Session) -> Book:
 def cost_nanos(answer: Answer, model: str, book: Book) -> int | None:
     """What the ledger will charge for it; None without a price or counts."""
     from neaptide.cost.meter import charge
+    from neaptide.cost.rate import MILLIS
     from neaptide.types import Usage
 
     if answer.prompt_tokens is None or answer.output_tokens is None:

@@ -285,23 +285,27 @@ class Books:
 
     def _open_leases(self) -> Leases:
         if self._leases is None:
-            raise StorageError("the ledger is still opening", fix="ask again in a second", code="E511")
+            raise _opening()
         return self._leases
 
     def _open_ledger(self) -> Ledger:
         if self._ledger is None:
-            raise StorageError("the ledger is still opening", fix="ask again in a second", code="E511")
+            raise _opening()
         return self._ledger
 
     def _keys(self) -> KeyStore:
         if self._store is None:
-            raise StorageError("the ledger is still opening", fix="ask again in a second", code="E511")
+            raise _opening()
         return self._store
 
     def _books(self) -> Intake:
         if self._intake is None:
-            raise StorageError("the ledger is still opening", fix="ask again in a second", code="E511")
+            raise _opening()
         return self._intake
+
+
+def _opening() -> StorageError:
+    return StorageError("the ledger is still opening", fix="ask again in a second", code="E511")
 
 
 def _whole(amount: int | float) -> int | None:

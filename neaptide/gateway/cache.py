@@ -97,11 +97,6 @@ class Cache:
         """Bytes of an answer that is kept, at most."""
         return self.settings.memory_mib * MIB // LARGEST
 
-    @property
-    def price_millis(self) -> int:
-        """What an answer from here costs, in thousandths of the list price."""
-        return round(self.settings.price * 1000)
-
     def adopt(self, settings: Caching) -> None:
         """These are in force from now on."""
         self.settings = settings

@@ -379,11 +379,6 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.write(data)
 
-    @property
-    def clogged(self) -> bool:
-        """Its client has not read what it was given."""
-        return self._transport is not None and self._transport.get_write_buffer_size() > WRITE_HIGH
-
     def end(self, call: Call, data: bytes) -> None:
         """The last bytes of the answer to `call`; the connection is free for the next, or ends."""
         transport = self._transport

@@ -173,9 +173,7 @@ class Door:
             if (barred := lane.barred(exchange)) is not None:
                 raise barred
             if lane.row.failing and not ready:
-                raise RequestError(
-                    503, f"No replica starts: {lane.row.failing}.", slug="replica_failing", retry_after_s=5.0
-                )
+                raise refusals.no_start(lane.row.failing)
             latest_s, tenant, rank = exchange.deadline_s, exchange.key.tenant, exchange.rank
             if since_s is None:
                 if latest_s < FOREVER:
@@ -380,10 +378,7 @@ class Door:
         """No replica starts: those who wait need not wait longer."""
         while (ticket := lane.line.first(now)) is not None:
             ticket.item.ticket = None
-            error = RequestError(
-                503, f"No replica starts: {lane.row.failing}.", slug="replica_failing", retry_after_s=5.0
-            )
-            ticket.item.fail(error, now, "error")
+            ticket.item.fail(refusals.no_start(lane.row.failing), now, "error")
 
     # --- the table
 

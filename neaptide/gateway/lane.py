@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from zlib import crc32
 
 from neaptide.errors import RequestError
-from neaptide.gateway import resume, route
+from neaptide.gateway import refusals, resume, route
 from neaptide.gateway.affinity import CONVERSATION, Familiar, conversation_of, first_words
 from neaptide.gateway.cache import Cache
 from neaptide.gateway.concurrency import Goals
@@ -73,8 +74,7 @@ class Lane:
         """Where a request goes: the least loaded replica that can take it, or the one that has seen its beginning, if
         that one is not much more loaded. None: it must wait."""
         self.turn += 1
-        group = self._group(exchange, now) if self.mixed or exchange.pinned else self._all
-        targets = resume.fit(exchange, group.targets) if exchange.ids or exchange.resumes else group.targets
+        group, targets = self._open_now(exchange, now)
         least = route.choose(targets, now, self.turn, exchange.tried, self.row.model)
         if least is None or len(self.targets) < 2 or not self.row.affinity or exchange.tried:
             return least
@@ -85,9 +85,15 @@ class Lane:
 
     def fits(self, exchange: Exchange, now: float) -> bool:
         """Whether some replica that it may go to has room, and can go on with what it has begun."""
-        group = self._group(exchange, now) if self.mixed or exchange.pinned else self._all
-        targets = resume.fit(exchange, group.targets) if exchange.ids or exchange.resumes else group.targets
+        _, targets = self._open_now(exchange, now)
         return route.choose(targets, now, model=self.row.model) is not None
+
+    def _open_now(self, exchange: Exchange, now: float) -> tuple[Group, Sequence[Target]]:
+        """The replicas that it may go to at all, and those of them that can go on with what it has begun."""
+        group = self._group(exchange, now) if self.mixed or exchange.pinned else self._all
+        if exchange.ids or exchange.resumes:
+            return group, resume.fit(exchange, group.targets)
+        return group, group.targets
 
     def _open_to(self, exchange: Exchange) -> Group:
         return self._inside if exchange.key.inside else self._all
@@ -115,11 +121,15 @@ class Lane:
     def barred(self, exchange: Exchange) -> RequestError | None:
         """The refusal of a request that no replica of those configured may ever take."""
         if exchange.key.inside and self.targets and not self._inside.targets:
-            return _outside_only(self.row.model)
+            return refusals.outside_only(self.row.model)
         revision = exchange.pinned
         if not revision or revision == self.row.revision or revision in self._open_to(exchange).revisions:
             return None
-        return _outside_only(self.row.model) if revision in self._all.revisions else _no_revision(self, revision)
+        return (
+            refusals.outside_only(self.row.model)
+            if revision in self._all.revisions
+            else refusals.no_revision(self.row.model, revision)
+        )
 
     def may_retry(self, now: float) -> bool:
         """Whether one of its requests may be sent again; that is then counted."""
@@ -201,22 +211,3 @@ class Lane:
             served=counted.served,
             held_sum_s=round(counted.held_s, 6),
         )
-
-
-def _outside_only(model: str) -> RequestError:
-    return RequestError(
-        403,
-        f"This key's data stays inside, and all replicas of '{model}' that could answer are outside.",
-        slug="data_class",
-        fix="Ask for a model that is served inside; or have a replica inside added, or the key's data class changed.",
-        param="model",
-    )
-
-
-def _no_revision(lane: Lane, revision: str) -> RequestError:
-    return RequestError(
-        404,
-        f"No replica of '{lane.row.model}' is of the revision '{revision}'.",
-        slug="revision_not_found",
-        fix="Leave x-neaptide-revision out, or name one that `neaptide status --json` lists.",
-    )

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 from neaptide.gateway.route import Target
-
-PERCENT = 100
+from neaptide.remotes import PERCENT
 
 
 class Group:

@@ -41,7 +41,7 @@ def name_of(lane: Lane, call: Call, key: KeyRow, stream: bool, terms: Terms) -> 
         return None
     if wanted is None and b'"temperature"' not in call.body:
         return None  # before anything is parsed
-    if key.budgets and lane.cache.price_millis:
+    if key.budgets and lane.cache.settings.price_millis:
         return None  # what has a price is paid before it is told, and that takes a turn
     scope = (key.tenant, lane.row.model, lane.row.revision, terms.revision, call.route)
     return identity(call.body, scope, stream, bool(wanted))
@@ -63,7 +63,7 @@ class Shared(Exchange):
     def find(self, name: bytes | None, now: float, stale_s: float = 0.0) -> bool:
         """Whether its answer is here; it is told. Under pressure one that is `stale_s` old may do."""
         cache = self.lane.cache
-        if cache is None or name is None or self.connection.clogged:
+        if cache is None or name is None:
             return False
         entry = cache.find(name, now, stale_s)
         if entry is None:
@@ -112,7 +112,7 @@ class Shared(Exchange):
         self._flight = None
         self.counts, self.finish, self.revision = found.counts, found.finish, found.revision
         self.timing.first_s = self.timing.last_s = now
-        self.marks = {**(self.marks or {}), "cache": how, "price_millis": cache.price_millis}
+        self.marks = {**(self.marks or {}), "cache": how, "price_millis": cache.settings.price_millis}
         lines = found.passed + b"x-neaptide-cache: %b\r\nage: %d\r\n" % (how.encode(), max(0, int(age_s)))
         self.answer = AnswerHead(200, found.content_type, lines, None, found.stream)
         told = found.told(IDS[self.call.route] + self.call.id, bool(self.asked.include_usage))
